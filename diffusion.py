@@ -1,0 +1,148 @@
+"""
+Corruption, the three objectives, the loss they share, and the two decoders.
+
+An objective maps clean rows to (inputs, targets, weights). With `Curtis studied Law [end]` and two tokens masked:
+
+    ar         inputs   [doc]  Curtis  studied Law                 every next token, from what stands before it
+               targets  Curtis studied Law     [end]
+    diffusion  inputs   [doc]  [mask]  studied [mask] [end]        the masked tokens, from both sides
+               targets         Curtis          Law
+    masked     inputs   [doc] [mask] studied [mask] [end] [answer] Curtis  studied Law
+               targets                                    Curtis   studied Law     [end]
+
+`masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer. So a
+causal model too learns a fact from every direction, for whatever was masked must be recalled from the rest.
+
+    python train.py --mode masked --mask_ratio uniform
+
+Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything before
+it is given. `marks` holds the ids of the special tokens. Randomness comes from `generator` alone.
+"""
+import torch
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# Corruption
+
+
+def content(tokens, starts, marks):
+    """(B, T) bool: the positions an objective may hide or score, from the start to the last real token."""
+    position = torch.arange(tokens.size(1), device=tokens.device)
+    return (position >= starts[:, None]) & (tokens != marks.pad)
+
+
+def corrupt(allowed, ratio, generator):
+    """Choose which of the `allowed` (B, T) positions to hide; L of them in a row.
+
+    ratio "uniform"   k ~ U{1..L} in each row, then k positions at random, all sets alike
+          a float t   round(t L) positions, and at least one if t > 0
+          "paper"     t ~ U(.05, .95) in each row, then each position on its own with probability t (eq. 1)
+
+    Returns (hidden (B, T) bool, weights (B, T) float). The weights are 1 / k, so that a row's loss is the mean over
+    its hidden tokens, and the mean of that over "uniform" is the ELBO per token. For "paper" they are
+    1 / (t L), which is *not* the ELBO: few values of t lie near 0 and 1.
+    """
+    B, T = allowed.shape
+    draw = lambda *shape: torch.rand(shape, generator=generator, device=generator.device).to(allowed.device)
+    L = allowed.sum(1, keepdim=True)  # (B, 1)
+    noise = draw(B, T).masked_fill(~allowed, 2.0)
+    if ratio == "paper":
+        t = 0.05 + 0.9 * draw(B, 1)
+        hidden = noise < t
+        return hidden, hidden / (t * L)
+    if ratio == "uniform":
+        k = (draw(B, 1) * L).long() + 1
+    else:
+        k = (ratio * L).round().long().clamp(min=int(ratio > 0))
+    hidden = (noise.argsort(dim=1).argsort(dim=1) < k) & allowed  # rank of each position's noise in its row
+    return hidden, hidden / k.clamp(min=1)
+
+
+# -----------------------------------------------------------------------------
+# Objectives: (tokens, starts, marks, ratio, generator) -> inputs, targets, weights
+
+
+def ar(tokens, starts, marks, ratio=None, generator=None):
+    """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over the content of each row."""
+    scored = content(tokens, starts, marks)[:, 1:]
+    return tokens[:, :-1], tokens[:, 1:], scored / scored.sum(1, keepdim=True).clamp(min=1)
+
+
+def diffusion(tokens, starts, marks, ratio, generator):
+    """Masked diffusion, arXiv 2510.09885 eq. 1: -sum_{i hidden} w log p(x_i | what is left of x), same positions."""
+    hidden, weights = corrupt(content(tokens, starts, marks), ratio, generator)
+    return tokens.masked_fill(hidden, marks.mask), tokens, weights
+
+
+def masked(tokens, starts, marks, ratio, generator):
+    """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | corrupted x, x_<i).
+
+    A document becomes [doc] corrupted text [end] [answer] clean text [end]; only the clean half is scored. A
+    question is a prompt with an answer already and stays as it is.
+    """
+    T = tokens.size(1)
+    hidden, _ = corrupt(content(tokens, starts, marks), ratio, generator)
+    is_document = tokens[:, :1] == marks.doc                                        # (B, 1)
+    prompt = (tokens != marks.pad).sum(1, keepdim=True) * is_document               # (B, 1) its length
+    index = torch.arange(2 * T, device=tokens.device) - prompt                      # (B, 2T) 0 where the clean half starts
+    twice = torch.cat((tokens.masked_fill(hidden, marks.mask), tokens, torch.full_like(tokens, marks.pad)), dim=1)
+    rows = twice.gather(1, torch.where(index < 0, index + prompt, index + T).clamp(max=3 * T - 1))
+    rows = torch.where((index == 0) & is_document, marks.answer, rows)
+    used = int((rows != marks.pad).sum(1).max())                                    # drop columns of padding alone
+    return ar(rows[:, :used], prompt[:, 0] + starts, marks)
+
+
+OBJECTIVES = {"ar": ar, "diffusion": diffusion, "masked": masked}
+
+
+def loss(model, inputs, targets, weights):
+    """sum(weights x cross-entropy) / B, in nats a token. Logits are made only where there is weight."""
+    at = weights > 0
+    nll = F.cross_entropy(model(inputs, at).float(), targets[at], reduction="none")  # (S,)
+    return (nll * weights[at]).sum() / len(inputs)
+
+
+# -----------------------------------------------------------------------------
+# Decoders: rows (B, T) whose last answer positions are to be filled -> answers (B, canvas)
+
+
+def never(logits, marks):
+    """Rule out every mark but the end: a mask, say, is never an answer."""
+    forbidden = [i for i in marks if i != marks.end]
+    return logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf)
+
+
+@torch.no_grad()
+def decode_ar(model, tokens, starts, canvas, marks):
+    """Greedy: the most likely next token, `canvas` times. (B, T) rows, their canvas at `starts` -> (B, canvas)."""
+    tokens, row = tokens.clone(), torch.arange(len(tokens), device=tokens.device)
+    for i in range(canvas):
+        at = torch.zeros_like(tokens, dtype=torch.bool)
+        at[row, starts + i - 1] = True
+        tokens[row, starts + i] = never(model(tokens, at), marks).argmax(-1)
+    return tokens[row[:, None], starts[:, None] + torch.arange(canvas, device=tokens.device)]
+
+
+@torch.no_grad()
+def decode_diffusion(model, tokens, starts, canvas, marks, watch=None):
+    """Fill a canvas of masks one token a step, the most confident one first. (B, T) -> (B, canvas).
+
+    One token a step, in an order that depends only on what is revealed, is a proper autoregressive model; two a
+    step would be drawn as if they were independent. `watch(rows)` is called after each step.
+    """
+    row = torch.arange(len(tokens), device=tokens.device)
+    span = starts[:, None] + torch.arange(canvas, device=tokens.device)  # (B, canvas)
+    tokens = tokens.scatter(1, span, marks.mask)
+    at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, span, True)
+    for _ in range(canvas):
+        logits = never(model(tokens, at), marks).view(len(tokens), canvas, -1).float()
+        confidence, best = logits.log_softmax(-1).max(-1)  # (B, canvas)
+        revealed = tokens[row[:, None], span] != marks.mask
+        choice = confidence.masked_fill(revealed, -torch.inf).argmax(1)
+        tokens[row, span[row, choice]] = best[row, choice]
+        if watch:
+            watch(tokens)
+    return tokens[row[:, None], span]
+
+
+DECODERS = {"ar": decode_ar, "diffusion": decode_diffusion, "masked": decode_ar}

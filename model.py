@@ -1,0 +1,135 @@
+"""
+One small transformer for all three objectives: pre-norm, rotary positions, tied embeddings.
+
+    x = embed(tokens)                       (B, T, C)
+    x = x + attention(norm(x))              \\ n_layer times
+    x = x + mlp(norm(x))                    /
+    logits = norm(x) @ embed.T              (B, T, V)
+
+`causal` is the only difference between a language model that reads from left to right and one that fills in
+masks. The model is not told how much of its input is masked: it can count the masks.
+
+    python train.py --n_layer 4 --n_head 4 --n_embd 128
+
+B rows in a batch, T tokens in a row, C channels, H heads, D = C / H channels a head, V tokens in the vocabulary.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    causal: bool = True
+    pad: int = 0            # the token that fills rows up: nothing attends to it
+
+    def __post_init__(self):
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 x n_head = {2 * self.n_head}, "
+                             "so that every head gets an even number of channels")
+
+
+def norm(x):
+    """RMSNorm without parameters, (..., C) -> (..., C)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary(T, D, device):
+    """cos, sin of position x frequency, each (T, D / 2). RoPE, arXiv 2104.09864 eq. 34."""
+    frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D / 2,)
+    angle = torch.outer(torch.arange(T, device=device), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the channel pairs (i, i + D / 2) of x (B, H, T, D) by their position's angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def attend(q, k, v, visible):
+    """softmax(q k^T / sqrt(D)) v over the visible keys, each (B, H, T, D); `visible` None means causal.
+
+    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that is several times faster on a
+    CPU, and the fused kernel of MPS has leaked masked positions (pytorch issues 195910, 184180, 181151).
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+    if visible is None:
+        visible = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5  # (B, H, T, T)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).type_as(v) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.causal = config.n_head, config.causal
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, visible):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = rotate(norm(q), *rope), rotate(norm(k), *rope)
+        y = attend(q, k, v, visible)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, visible):
+        x = x + self.attention(norm(x), rope, visible)
+        return x + self.mlp(norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+
+    def initialize(self, generator):
+        """Normal weights from `generator`; what writes into the residual stream starts at zero."""
+        nn.init.normal_(self.embed.weight, std=0.02, generator=generator)
+        for block in self.blocks:
+            for matrix in (block.attention.qkv, block.mlp.up):
+                nn.init.normal_(matrix.weight, std=matrix.in_features ** -0.5, generator=generator)
+            for matrix in (block.attention.out, block.mlp.down):
+                nn.init.zeros_(matrix.weight)
+        return self
+
+    def trunk(self, tokens):
+        """(B, T) int64 tokens -> (B, T, C). A causal model needs no mask for padding: no real token looks right."""
+        visible = None if self.config.causal else (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T)
+        rope = rotary(tokens.size(1), self.config.n_embd // self.config.n_head, tokens.device)
+        x = norm(self.embed(tokens))
+        for block in self.blocks:
+            x = block(x, rope, visible)
+        return norm(x)
+
+    def forward(self, tokens, at=None):
+        """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` (B, T) is true."""
+        x = self.trunk(tokens)
+        return F.linear(x if at is None else x[at], self.embed.weight)
