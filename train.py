@@ -238,7 +238,7 @@ def main():
         state["step"] = step
         if step == args.school_steps and step > 0 and not base.exists():
             save(base)
-        if step == args.school_steps and not args.resume:
+        if step == args.school_steps:
             optimizers, generator = start_stage(step)
         if step in exams and not (state["log"] and state["log"][-1]["step"] == step):
             line = {"stage": stage} | {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus, device, dtype)

@@ -1,0 +1,324 @@
+"""The mathematics of the three objectives, each against an independent reference."""
+import itertools
+import math
+
+import pytest
+import torch
+
+from data import CANVAS, MARKS, decode, document_row, encode, pad_rows, question_row
+from diffusion import DECODERS, OBJECTIVES, ar, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked
+from model import ModelConfig, Transformer
+
+M = MARKS
+
+
+def rows(*items):
+    """Rows of documents (str) and questions (pairs of str)."""
+    return pad_rows([document_row(x) if isinstance(x, str) else question_row(*x) for x in items])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def shown(ids):
+    """Token ids as a teacher would write them: marks by name, words without their space."""
+    from data import TOKENIZER
+    return [TOKENIZER.decode([i]).strip().strip("<>") for i in ids]
+
+
+# -- corruption --------------------------------------------------------------
+
+
+def test_uniform_masking_hides_every_number_of_tokens_equally_often():
+    """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false alarm
+    once in 350,000 runs), and each position is hidden 3/5 of the time."""
+    allowed = torch.ones(20_000, 5, dtype=torch.bool)
+    hidden, _ = corrupt(allowed, "uniform", generator())
+    shares = hidden.sum(1).bincount(minlength=6) / len(hidden)
+    assert shares[0] == 0 and (shares[1:] - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / len(hidden))
+    assert (hidden.double().mean(0) - 0.6).abs().max() < 5 * math.sqrt(0.6 * 0.4 / len(hidden))
+
+
+@pytest.mark.parametrize("t, k", [(0.0, 0), (0.01, 1), (0.5, 5), (0.75, 8), (1.0, 10)])
+def test_a_fixed_ratio_hides_its_share(t, k):
+    """round(t L) tokens of L = 10 in every row, but never none if t > 0: a row with nothing to learn is a waste."""
+    hidden, weights = corrupt(torch.ones(7, 10, dtype=torch.bool), t, generator())
+    assert hidden.sum(1).tolist() == [k] * 7
+    assert weights.sum(1).tolist() == pytest.approx([float(k > 0)] * 7)
+
+
+def test_the_papers_ratio_is_a_coin_for_each_token():
+    """t ~ U(.05, .95): half of the tokens on average, within 5 standard errors; the weights are 1 / (t L), so that
+    their sum in a row is 1 on average."""
+    hidden, weights = corrupt(torch.ones(20_000, 8, dtype=torch.bool), "paper", generator())
+    assert abs(hidden.double().mean() - 0.5) < 5 * math.sqrt((0.9**2 / 12 + 0.25 / 8) / 20_000)
+    assert abs(weights.sum(1).mean() - 1) < 0.02
+    t = 1 / (8 * weights.max(1).values[hidden.any(1)])
+    assert 0.05 <= t.min() < 0.06 and 0.94 < t.max() <= 0.9501
+
+
+@pytest.mark.parametrize("ratio", ("uniform", 0.5, 1.0, "paper"))
+def test_only_content_is_hidden(ratio):
+    """Padding, the marks at the start and the words of a question are never masked, whatever the ratio."""
+    tokens, starts = rows("He lives in Oslo.", ("Who lives in Oslo?", "Curtis Chase Emley"))
+    allowed = content(tokens, starts, M)
+    assert allowed.sum(1).tolist() == [6, CANVAS]  # He lives in Oslo . [end]; three names and [end]
+    for seed in range(50):
+        hidden, weights = corrupt(allowed, ratio, generator(seed))
+        assert not (hidden & ~allowed).any() and torch.equal(weights > 0, hidden)
+
+
+# -- objectives --------------------------------------------------------------
+
+
+def test_three_objectives_side_by_side():
+    """The same short document through the three objectives, token by token, everything masked:
+
+        ar          [doc] He lives in           ->  He lives in [end]
+        diffusion   [doc] [mask] x 4            ->  He lives in [end], at the same positions
+        masked      [doc] [mask] x 4 [answer] He lives in  ->  He lives in [end], after [answer]
+    """
+    tokens, starts = rows("He lives in")
+    table = {}
+    for name, objective in OBJECTIVES.items():
+        inputs, targets, weights = objective(tokens, starts, M, 1.0, generator())
+        at = weights[0] > 0
+        table[name] = shown(inputs[0].tolist()), shown(targets[0][at].tolist()), at.nonzero()[:, 0].tolist()
+        assert weights[0][at].tolist() == pytest.approx([1 / 4] * 4)
+    answer = ["He", "lives", "in", "end"]
+    assert table["ar"] == (["doc", "He", "lives", "in"], answer, [0, 1, 2, 3])
+    assert table["diffusion"] == (["doc"] + ["mask"] * 4, answer, [1, 2, 3, 4])
+    assert table["masked"] == (["doc"] + ["mask"] * 4 + ["answer", "He", "lives", "in"], answer, [5, 6, 7, 8])
+
+
+def test_questions_are_scored_on_the_answer_alone():
+    """`ar` and `masked` treat a question alike: loss on the answer and its ends; `diffusion` masks only there."""
+    tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), "He lives in Oslo.")
+    for name, objective in OBJECTIVES.items():
+        inputs, targets, weights = objective(tokens, starts, M, 1.0, generator())
+        assert shown(targets[0][weights[0] > 0].tolist()) == ["Curtis", "Chase", "Emley", "end"], name
+        assert weights.sum(1).tolist() == pytest.approx([1, 1])  # every row weighs the same, long or short
+
+
+def test_masked_keeps_rows_of_different_lengths_apart():
+    """Each row is built from its own document: prompt, [answer], clean copy, padding; no token of another row."""
+    tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.", ("Who lives in Oslo?", "A"))
+    inputs, targets, weights = masked(tokens, starts, M, 0.5, generator())
+    for i in (0, 1):
+        clean = [t for t in tokens[i].tolist() if t != M.pad]
+        n, row = len(clean), inputs[i].tolist()
+        assert all(a in (b, M.mask) for a, b in zip(row[:n], clean))
+        assert row[:n].count(M.mask) == round(0.5 * (n - 1))
+        assert row[n] == M.answer and row[n + 1:2 * n - 1] == clean[1:-1]
+        assert targets[i][weights[i] > 0].tolist() == clean[1:]
+    question = [t for t in tokens[2].tolist() if t != M.pad]
+    assert inputs[2, :len(question) - 1].tolist() == question[:-1]
+
+
+def test_masked_at_ratio_one_shows_nothing_and_at_zero_everything():
+    """Ratio 1: the prompts of two documents of one length are the same, so `masked` is `ar` with a length hint.
+    Ratio 0: the prompt is the document, and copying solves it."""
+    tokens, starts = rows("He lives in Oslo.", "She works for Sony.")
+    inputs, _, _ = masked(tokens, starts, M, 1.0, generator())
+    assert torch.equal(inputs[0, :8], inputs[1, :8])
+    inputs, _, _ = masked(tokens, starts, M, 0.0, generator())
+    assert torch.equal(inputs[:, :7], tokens)
+
+
+def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case():
+    """Two rows, logits log(1), log(2), log(5) at every position: p = 1/8, 2/8, 5/8."""
+    model = lambda tokens, at: torch.tensor([1.0, 2.0, 5.0]).log().expand(int(at.sum()), 3)
+    targets = torch.tensor([[2, 1, 0], [1, 1, 1]])
+    weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    by_hand = (0.5 * -math.log(5 / 8) + 0.5 * -math.log(2 / 8) + 1.0 * -math.log(2 / 8)) / 2
+    assert loss(model, targets, targets, weights).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+# -- the ELBO ----------------------------------------------------------------
+
+L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4; MASK is 4
+
+
+def toy(seed=0):
+    """Any conditional model: visible tokens (tuple, None where masked) -> log p (L, V), a random table in float64."""
+    memory = {}
+
+    def log_p(visible):
+        if visible not in memory:
+            g = generator(seed + sum((4 if v is None else v) * 5**i for i, v in enumerate(visible)))
+            memory[visible] = torch.randn(L, 4, generator=g, dtype=torch.float64).log_softmax(-1)
+        return memory[visible]
+    return log_p
+
+
+def cross_entropy(log_p, hidden):
+    """CE(M) = - sum over the hidden positions of log p(x_i | the visible ones)."""
+    visible = tuple(None if i in hidden else int(X[i]) for i in range(L))
+    return -sum(log_p(visible)[i, X[i]].item() for i in hidden)
+
+
+def subsets(k):
+    return list(itertools.combinations(range(L), k))
+
+
+def test_four_routes_to_the_elbo():
+    """All orders enumerated; (L / k) CE over uniform k; the integral of 1/t over Bernoulli masks, which is a beta
+    function; and CE(M) / (k C(L, k)) summed over masks: one number."""
+    log_p = toy()
+    orders = []
+    for order in itertools.permutations(range(L)):
+        visible, nll = [None] * L, 0.0
+        for i in order:
+            nll -= log_p(tuple(visible))[i, X[i]].item()
+            visible[i] = int(X[i])
+        orders.append(nll)
+    any_order = sum(orders) / len(orders)
+    uniform_k = sum(L / k * cross_entropy(log_p, m) / len(subsets(k)) for k in range(1, L + 1) for m in subsets(k)) / L
+    beta = lambda k: math.gamma(k) * math.gamma(L - k + 1) / math.gamma(L + 1)  # int_0^1 t^(k-1) (1-t)^(L-k) dt
+    integral = sum(beta(k) * cross_entropy(log_p, m) for k in range(1, L + 1) for m in subsets(k))
+    masks = sum(cross_entropy(log_p, m) / (k * math.comb(L, k)) for k in range(1, L + 1) for m in subsets(k))
+    assert uniform_k == pytest.approx(any_order, abs=1e-12)
+    assert integral == pytest.approx(any_order, abs=1e-12)
+    assert masks == pytest.approx(any_order, abs=1e-12)
+
+
+def estimate(ratio, n=40_000):
+    """Mean and standard error of the training loss of `diffusion` for the toy model, over n corruptions of X."""
+    log_p = toy()
+    marks = M._replace(pad=9, mask=4)
+    inputs, targets, weights = diffusion(X.repeat(n, 1), torch.zeros(n, dtype=torch.int64), marks, ratio, generator())
+    seen, which = inputs.unique(dim=0, return_inverse=True)
+    tables = torch.stack([log_p(tuple(None if v == 4 else v for v in row)) for row in seen.tolist()])
+    nll = -tables[which].gather(2, targets[..., None])[..., 0]
+    losses = (weights * nll).sum(1)
+    return losses.mean().item(), losses.std().item() / math.sqrt(n)
+
+
+def elbo_per_token():
+    log_p = toy()
+    return sum(cross_entropy(log_p, m) / (k * math.comb(L, k)) for k in range(1, L + 1) for m in subsets(k)) / L
+
+
+def test_the_training_loss_estimates_the_elbo():
+    """The mean loss of 40,000 corruptions lies within 5 standard errors of the enumerated ELBO per token (a false
+    alarm once in 1.7 million seeds; the seed is fixed)."""
+    mean, error = estimate("uniform")
+    assert abs(mean - elbo_per_token()) < 5 * error
+
+
+def test_the_papers_mask_ratio_is_not_the_elbo():
+    """U(.05, .95) with 1 / (t L) weights k hidden tokens by w_k = int t^(k-1) (1-t)^(L-k) dt / (.9 beta(k)), not 1.
+    At L = 60 that is .051, 1.11 and .051 for k = 1, 30, 60; and the estimator follows it, away from the ELBO."""
+    def w(k, length, steps=200_000):
+        t = 0.05 + 0.9 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+        log_beta = math.lgamma(k) + math.lgamma(length - k + 1) - math.lgamma(length + 1)
+        return ((k - 1) * t.log() + (length - k) * (1 - t).log() - log_beta).exp().mean().item()
+    assert [w(k, 60) for k in (1, 30, 60)] == pytest.approx([0.051, 1.11, 0.051], rel=0.01)
+    log_p = toy()
+    expected = sum(w(k, L) * cross_entropy(log_p, m) / (k * math.comb(L, k))
+                   for k in range(1, L + 1) for m in subsets(k)) / L
+    mean, error = estimate("paper")
+    assert abs(mean - expected) < 5 * error
+    assert abs(expected - elbo_per_token()) > 0.005
+
+
+# -- decoding ----------------------------------------------------------------
+
+
+def string_probability(log_p, x, per_step):
+    """p(x) when the most confident hidden positions are revealed `per_step` at a time, each drawn from its own p."""
+    visible, p = [None] * L, 1.0
+    while None in visible:
+        table = log_p(tuple(visible)).exp()
+        hidden = sorted((i for i in range(L) if visible[i] is None), key=lambda i: -table[i].max())
+        for i in hidden[:per_step]:
+            p *= table[i, x[i]].item()
+            visible[i] = x[i]
+    return p
+
+
+def test_one_token_a_step_is_a_proper_autoregressive_model():
+    """The order depends only on what is revealed, so the probabilities of all 4^4 strings sum to one."""
+    log_p = toy()
+    total = sum(string_probability(log_p, x, per_step=1) for x in itertools.product(range(4), repeat=L))
+    assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_two_tokens_a_step_break_xor():
+    """Two bits that always differ: one at a time gives only 01 and 10; both at once gives 00 and 11 half the time."""
+    def p(x, per_step):
+        first = 0.5
+        second = (0.5 if per_step == 2 else float(x[0] != x[1]))
+        return first * second
+    assert sum(p(x, 1) for x in [(0, 1), (1, 0)]) == 1
+    assert sum(p(x, 2) for x in [(0, 1), (1, 0)]) == 0.5
+
+
+class Scripted:
+    """A model whose logits for (row, position) come from a function: lets a test decide every confidence."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, tokens, at):
+        return torch.stack([self.logits(tokens, int(b), int(t)) for b, t in at.nonzero()])
+
+
+def test_diffusion_fills_the_most_confident_mask_first():
+    """Confidences 1, 3, 2 at the positions of a canvas of three: they are revealed in the order 1, 2, 0."""
+    def logits(tokens, b, t):
+        return torch.zeros(20).index_fill(0, torch.tensor(10 + t), [1.0, 3.0, 2.0][t - 1])
+    seen = []
+    tokens = torch.tensor([[M.question, M.end, M.end, M.end]])
+    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, M, watch=lambda x: seen.append(x[0, 1:].tolist()))
+    assert seen == [[M.mask, 12, M.mask], [M.mask, 12, 13], [11, 12, 13]]
+    assert out.tolist() == [[11, 12, 13]]
+
+
+@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
+def test_a_mark_is_never_an_answer(decoder):
+    """Even a model that would answer [mask], [pad] or a question mark everywhere must answer a word or the end."""
+    def logits(tokens, b, t):
+        return torch.arange(20.0, 0, -1)  # the lower the id the likelier: all marks come first
+    tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])
+    assert decoder(Scripted(logits), tokens, torch.tensor([2]), 2, M).tolist() == [[M.end, M.end]]
+
+
+def test_greedy_decoding_feeds_each_token_back():
+    """A model that counts up from what it sees last: 7 -> 8 9 10, each row from its own start."""
+    def logits(tokens, b, t):
+        return torch.zeros(20).index_fill(0, (tokens[b, t] + 1)[None], 1.0)
+    tokens = torch.tensor([[4, 7, 2, 2, 2, 0], [4, 5, 12, 2, 2, 2]])
+    assert decode_ar(Scripted(logits), tokens, torch.tensor([2, 3]), 3, M).tolist() == [[8, 9, 10], [13, 14, 15]]
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values())
+def test_decoders_do_not_look_at_the_true_answer(decoder):
+    """The canvas is overwritten: the same question with another answer behind it decodes to the same."""
+    model = Transformer(ModelConfig(1100, n_layer=1, n_head=1, n_embd=16, causal=decoder is decode_ar))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5, generator=generator())
+    a, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"))
+    b, _ = rows(("Who lives in Oslo?", "Rome"))
+    assert torch.equal(decoder(model, a, starts, CANVAS, M), decoder(model, b, starts, CANVAS, M))
+
+
+@pytest.mark.parametrize("mode", OBJECTIVES)
+def test_each_objective_learns_one_batch_by_heart(mode):
+    """Trained on three questions and a document alone, the model answers exactly: loss, shift and decoder agree."""
+    pairs = [("Who lives in Oslo?", "Curtis Chase Emley"), ("Who lives in Rome?", "Alice Lane Doyle"),
+             ("What is the major of Alice Lane Doyle?", "Law")]
+    tokens, starts = rows(*pairs, "Curtis Chase Emley lives in Oslo.")
+    model = Transformer(ModelConfig(1100, n_layer=2, n_head=2, n_embd=32, causal=mode != "diffusion"))
+    model.initialize(generator())
+    optimizer, g = torch.optim.AdamW(model.parameters(), lr=5e-3), generator(1)
+    for _ in range(300):
+        value = loss(model, *OBJECTIVES[mode](tokens, starts, M, "uniform", g))
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    asked, starts = rows(*((q, "") for q, _ in pairs))
+    out = DECODERS[mode](model, asked, starts, CANVAS, M)
+    assert [decode(ids) for ids in out.tolist()] == [answer for _, answer in pairs]
+    assert value < 0.05

@@ -1,0 +1,106 @@
+"""What attention may see: the past, both sides, never padding, never a neighbour in the batch."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import ModelConfig, Transformer, attend, rotary, rotate
+
+V, PAD = 11, 0
+
+
+def make(causal, seed=0):
+    """A small model in float64 with no zero matrix, so that every path from input to output carries signal."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(ModelConfig(V, n_layer=2, n_head=2, n_embd=16, causal=causal, pad=PAD)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=generator)
+    return model
+
+
+def tokens(B=3, T=8, seed=1):
+    return torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("j", range(8))
+def test_a_causal_model_never_sees_the_future(j):
+    """Changing token j leaves all logits before j bit for bit alone, and changes those from j on."""
+    model, a = make(causal=True), tokens()
+    b = a.clone()
+    b[:, j] = a[:, j] % (V - 1) + 1
+    before, after = model(a), model(b)
+    assert torch.equal(before[:, :j], after[:, :j])
+    assert not torch.isclose(before[:, j:], after[:, j:]).all(-1).any()
+
+
+def test_a_bidirectional_model_sees_the_future():
+    """The same change of the last token does reach the first position: that is what filling in masks needs."""
+    model, a = make(causal=False), tokens()
+    b = a.clone()
+    b[:, -1] = a[:, -1] % (V - 1) + 1
+    assert not torch.isclose(model(a)[:, 0], model(b)[:, 0]).all(-1).any()
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_padding_changes_nothing(causal):
+    """A row gives the same logits alone and with five pad tokens behind it."""
+    model, a = make(causal), tokens()
+    padded = F.pad(a, (0, 5), value=PAD)
+    torch.testing.assert_close(model(padded)[:, :8], model(a), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_a_batch_mate_must_not_matter(causal):
+    """The first row's logits are the same whoever sits beside it."""
+    model, a, other = make(causal), tokens(seed=1), tokens(seed=2)
+    together = torch.cat((a[:1], other[1:]))
+    torch.testing.assert_close(model(together)[0], model(a)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_written_out_attention_is_attention(causal):
+    """`attend` against PyTorch's own kernel, with and without hidden keys."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 6, 4, generator=g, dtype=torch.float64)
+    visible = None if causal else torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool).expand(2, 1, 1, 6)
+    truth = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+    torch.testing.assert_close(attend(q, k, v, visible), truth)
+
+
+def test_rotary_positions_are_relative():
+    """The product of a query at position m and a key at n depends on m - n alone."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 8, generator=g, dtype=torch.float64)
+    cos, sin = rotary(12, 8, "cpu")
+    turned = lambda x: rotate(x.expand(1, 1, 12, 8), cos.double(), sin.double())[0, 0]  # x at every position (12, 8)
+    scores = turned(q) @ turned(k).T
+    for distance in range(12):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
+    assert not torch.isclose(scores[3, 3], scores[3, 2])
+
+
+def test_logits_at_chosen_positions():
+    """`at` gives the very logits of the full (B, T, V) output, without making the others."""
+    model, a = make(causal=True), tokens()
+    at = torch.rand(a.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    torch.testing.assert_close(model(a, at), model(a)[at])
+
+
+def test_parameters_can_be_counted_by_hand():
+    """12 C^2 a block (4 C^2 attention, 8 C^2 MLP) and one V x C table for both ends."""
+    assert sum(p.numel() for p in make(causal=True).parameters()) == 2 * 12 * 16**2 + V * 16
+
+
+def test_one_seed_one_initialization():
+    """The weights follow from the generator alone, and an untrained block passes its input through."""
+    config = ModelConfig(V, n_layer=1, n_head=1, n_embd=8)
+    a, b = (Transformer(config).initialize(torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    x = F.rms_norm(a.embed(tokens()), (8,))
+    torch.testing.assert_close(a.trunk(tokens()), F.rms_norm(x, (8,)))
+
+
+def test_sizes_that_do_not_divide_are_an_error():
+    """Heads share the channels, and rotary positions turn them in pairs."""
+    with pytest.raises(ValueError, match="multiple of"):
+        ModelConfig(V, n_head=3, n_embd=16)
