@@ -106,8 +106,12 @@ def parse_args():
 def write_atomically(path, write):
     """Call `write(temporary path)`, then move the file into place: `path` is never half written."""
     temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:  # torch.save reports a full disk as a RuntimeError
+        fail(f"{path} could not be written ({str(problem).splitlines()[0]}): what stood there is intact; make room and "
+             "repeat the command with --resume")
 
 
 def make_optimizers(model, name, lr):
@@ -239,7 +243,7 @@ def main():
             optimizer.load_state_dict(values)
     interrupted = []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # finish the step, then save and stop
-    progress = tqdm(total=total, initial=state["step"], unit="step", dynamic_ncols=True, smoothing=0.05)
+    progress = tqdm(total=total, initial=state["step"], unit="step", mininterval=0.5, dynamic_ncols=True)
 
     for step in range(state["step"], total + 1):
         stage = "school" if step < args.school_steps else "reading"
@@ -284,7 +288,7 @@ def main():
         state["supervised"] += int((weights > 0).sum())
         state["documents"] += int((rows[index, 0] == MARKS.doc).sum())
         progress.update()
-        progress.set_description(stage)
+        progress.set_description(stage, refresh=False)
         progress.set_postfix_str(f"loss {state['loss']:.3f}, {tokens / (time.time() - clock):,.0f} tokens/s", refresh=False)
 
     progress.close()

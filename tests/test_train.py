@@ -82,7 +82,7 @@ def test_what_a_run_spends_is_counted():
     for mode in ("ar", "masked"):
         call(train, "--mode", mode, *TINY)
     ar, masked = (finished(f"out/{mode}-none-seed0")[0] for mode in ("ar", "masked"))
-    assert ar[-1]["documents"] == masked[-1]["documents"] == 10 * (8 - round(8 * 0.125))
+    assert ar[-1]["documents"] == masked[-1]["documents"] == 10 * (8 - 1)
     assert ar[0] == masked[0]  # the same base, the same exam before reading
     assert ar[-1]["supervised"] == masked[-1]["supervised"]
     assert 1.5 < (masked[-1]["tokens"] - masked[0]["tokens"]) / (ar[-1]["tokens"] - ar[0]["tokens"]) < 2
@@ -135,6 +135,31 @@ def test_a_reused_base_changes_nothing():
     assert len(list(Path("shared/bases").iterdir())) == 1
     call(train, "--mode", "masked", *TINY, "--out_dir", "alone/masked")
     assert_same_run("shared/masked", "alone/masked")
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, capfd):
+    """A disk that fills while the file is written: one line, exit code 2, and the file that stood there is whole."""
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"old")
+
+    def fill(temporary):
+        temporary.write_bytes(b"ne")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit) as stop:
+        train.write_atomically(path, fill)
+    assert stop.value.code == 2 and "No space left" in capfd.readouterr().err
+    assert path.read_bytes() == b"old"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capfd):
+    """With the step and what to try, before the broken weights are saved."""
+    real = train.loss
+    monkeypatch.setattr(train, "loss", lambda *arguments: real(*arguments) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        call(train, *TINY)
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "at step 0" in last and "--lr" in last
+    assert not Path("out/masked-none-seed0/ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("other", (["--seed", "1"], ["--known", "7"], ["--lr", ".01"], ["--school_steps", "5"],
