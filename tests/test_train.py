@@ -290,7 +290,7 @@ def test_seeds_are_averaged_with_their_spread():
 def test_the_readmes_commands_are_accepted(monkeypatch):
     """Every `python train.py ...` in the README is parsed by the script it calls; the files it maps exist."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"python train\.py([^\n`#|>]*)", readme)
+    commands = re.findall(r"python train\.py([^\n`#|>;]*)", readme)
     assert len(commands) >= 3
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(command.replace("$seed", "0").replace("$mode", "ar"))])
