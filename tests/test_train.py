@@ -184,6 +184,15 @@ def test_no_training_row_of_reading_is_a_new_persons_question():
     assert not any(int(i) in corpus.groups["new_documents"] for i in school)
 
 
+def test_each_seed_and_stage_has_batches_of_its_own(monkeypatch):
+    """The generator that draws batches and masks starts from another number for every seed and stage."""
+    real, used = train.batch, []
+    monkeypatch.setattr(train, "batch", lambda *a: used.append((a[1], a[-1].initial_seed())) or real(*a))
+    for seed in "01":
+        call(train, *TINY, "--seed", seed)
+    assert set(used) == {("school", 0), ("reading", 1), ("school", 2), ("reading", 3)}
+
+
 def test_learning_rate_warms_up_and_ends_near_zero():
     """Up within 2 % of the steps, then down a straight line: by hand for 100 steps."""
     rates = [train.schedule(step, 100) for step in range(100)]
