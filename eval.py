@@ -24,7 +24,8 @@ LONGEST = 200  # tokens of a question that --ask takes
 
 def fail(message):
     """End the program with one line and exit code 2, as argparse does for a wrong flag."""
-    sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -217,8 +218,9 @@ def main():
         if args.ask is not None or args.show:
             fail("--ask and --show need a run folder: python eval.py out/RUN --ask \"...\"")
         results = read_results(args.out)
-        return print(compare(results) if results else
-                     fail(f"no finished run under {args.out}/: start with python train.py --mode masked"))
+        if not results:
+            fail(f"no finished run under {args.out}/: start with python train.py --mode masked")
+        return print(compare(results))
 
     checkpoint = load_checkpoint(Path(args.run) / "ckpt.pt")
     settings = checkpoint["settings"]

@@ -245,16 +245,6 @@ def test_one_token_a_step_is_a_proper_autoregressive_model():
     assert total == pytest.approx(1, abs=1e-12)
 
 
-def test_two_tokens_a_step_break_xor():
-    """Two bits that always differ: one at a time gives only 01 and 10; both at once gives 00 and 11 half the time."""
-    def p(x, per_step):
-        first = 0.5
-        second = (0.5 if per_step == 2 else float(x[0] != x[1]))
-        return first * second
-    assert sum(p(x, 1) for x in [(0, 1), (1, 0)]) == 1
-    assert sum(p(x, 2) for x in [(0, 1), (1, 0)]) == 0.5
-
-
 class Scripted:
     """A model whose logits for (row, position) come from a function: lets a test decide every confidence."""
 
@@ -274,6 +264,16 @@ def test_diffusion_fills_the_most_confident_mask_first():
     out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, M, watch=lambda x: seen.append(x[0, 1:].tolist()))
     assert seen == [[M.mask, 12, M.mask], [M.mask, 12, 13], [11, 12, 13]]
     assert out.tolist() == [[11, 12, 13]]
+
+
+def test_two_bits_that_differ_need_two_steps():
+    """XOR: each of two tokens is 10 or 11, never both the same. With both masked, 10 is a little likelier at either
+    place, so two tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11 or 11 10."""
+    def logits(tokens, b, t):
+        other = int(tokens[b, 3 - t])  # the places are 1 and 2
+        return torch.zeros(20).index_fill(0, torch.tensor(11 if other == 10 else 10), 3.0)
+    tokens = torch.tensor([[M.question, M.end, M.end]])
+    assert sorted(decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 2, M)[0].tolist()) == [10, 11]
 
 
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))

@@ -1,5 +1,6 @@
 """The scripts as people use them: runs that train, resume, reuse and refuse. Everything is tiny; nothing is timed."""
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -313,5 +314,5 @@ def test_scripts_start_from_a_shell(script):
     """As a child process, from another folder, with output that is not a terminal."""
     name, *flags = script.split()
     done = subprocess.run([sys.executable, str(ROOT / name), *flags], capture_output=True, encoding="utf-8",
-                          env={**__import__("os").environ, "PYTHONIOENCODING": "utf-8"})
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0 and len(done.stdout) > 200, done.stderr
