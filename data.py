@@ -30,89 +30,96 @@ import torch
 # -----------------------------------------------------------------------------
 # The world: pools of words. Names come from three pools that share no word.
 
-MEN = """Aaron Adrian Albert Andre Arthur Barrett Benjamin Brandon Caleb Carlos Cedric Conrad Curtis Damian
-    Derek Desmond Dominic Edgar Elias Ernest Felix Gavin Gilbert Harvey Hector Hugo Irving Jasper Jerome Joel
-    Julian Kenneth Lamar Leonard Lionel Lucas Marcus Martin Maurice Nathan Nelson Oscar Otto Patrick Quentin
-    Rafael Raymond Rodney Roland Simon""".split()
-WOMEN = """Abigail Agnes Alice Amelia Anita Beatrice Bianca Camille Carmen Cecilia Clara Colette Daphne Deborah
-    Diana Edith Elena Eloise Esther Fiona Flora Gloria Greta Hannah Heather Ingrid Irene Isabel Jasmine Joanna
-    Judith Lavinia Leticia Lorena Lucille Mabel Marjorie Matilda Miriam Nadine Naomi Odette Pamela Penelope
-    Regina Rosalind Sabrina Sylvia Teresa Ursula""".split()
-MIDDLE = """Alden Amory Ansel Arden Ashby Avery Blaine Blair Blake Bowen Briar Cameron Carey Casey Chase Clarke
-    Corey Dale Dana Darcy Devon Drew Eden Ellery Ellis Emerson Finley Florian Garnet Gentry Greer Hadley
-    Harley Haven Hollis Indigo Jody Jules Justice Kai Keegan Kendall Kerry Lane Laurel Lennon Leslie Linden
-    Logan London Loren Lyric Marion Marley Merle Merritt Micah Monroe Morgan Murphy Noel Oakley Ocean Parker
-    Pax Perry Peyton Piper Presley Quincy Quinn Reagan Reese Remy Rene Ridley Riley River Robin Rory Rowan
-    Royal Sage Sawyer Scout Shea Shiloh Sidney Skyler Sloan Sterling Storm Tatum Taylor Tracy Val Vesper
+MEN = """Aaron Adam Albert Andre Arthur Barry Boris Caleb Carlos Cedric Conrad Curtis Derek Edgar Elias Felix
+    Gavin Hector Hugo Igor Ivan Jasper Joel Julian Kevin Lamar Lionel Lucas Marcus Martin Nathan Nelson Oscar
+    Otto Pablo Peter Rafael Ralph Rodney Roland Rupert Samuel Simon Stefan Tobias Victor Vincent Walter Wesley
+    Yusuf""".split()
+WOMEN = """Agnes Alice Amelia Anita Bianca Camila Carmen Clara Daphne Diana Edith Elena Esther Fatima Fiona
+    Flora Gloria Greta Hannah Helen Ingrid Irene Isabel Jane Joanna Judith Karen Laura Lorena Lucia Mabel
+    Maria Miriam Nadine Naomi Nora Odette Olga Pamela Paula Regina Rosa Sabina Sonia Sylvia Teresa Ursula Vera
+    Wanda Zoe""".split()
+MIDDLE = """Alden Amory Ansel Arden Ashby Avery Blaine Blair Blake Bowen Briar Cameron Carey Casey Chase
+    Clarke Corey Dale Dana Darcy Devon Drew Eden Ellery Ellis Emerson Finley Florian Garnet Gentry Greer
+    Hadley Harley Haven Hollis Indigo Jody Jules Justice Kai Keegan Kendall Kerry Lane Lark Laurel Lennon
+    Leslie Linden Logan Loren Lyric Marion Marley Merle Merritt Micah Monroe Morgan Murphy Noel Oakley Ocean
+    Parker Pax Perry Peyton Piper Presley Quincy Quinn Reagan Reese Remy Rene Ridley Riley River Robin Rory
+    Rowan Royal Sage Sawyer Scout Shea Shiloh Sidney Skyler Sloan Sterling Storm Tatum Taylor Tracy Val Vesper
     Winter Wren Zion""".split()
-LAST = """Abernathy Ackerman Aldridge Atwood Babcock Barlow Beckett Bellamy Benson Birch Blackwell Bradshaw
-    Brennan Briggs Calloway Carver Chandler Clayborne Coleman Conway Crawford Cromwell Dalton Danforth Dawson
-    Delaney Doyle Drummond Duncan Easton Eldridge Emley Everett Fairbanks Farrell Fenwick Ferguson Fleming
-    Forsythe Gallagher Garrison Goodwin Granger Griffith Hammond Harding Hartley Hastings Hawthorne Holloway
-    Hubbard Ingram Jarvis Jennings Keating Kendrick Kimball Lambert Langley Lawson Lockwood Lowell Maddox
-    Mallory Mercer Milton Mortimer Nash Newell Norwood Oakes Osborne Palmer Pembroke Pierce Prescott Quimby
-    Radcliffe Ramsey Redmond Rhodes Rockwell Rutledge Sanford Sedgwick Shelby Sinclair Stanton Talbot Thatcher
-    Thornton Underwood Vaughn Wakefield Walton Webster Whitaker Winslow Wyatt Yardley""".split()
+LAST = """Abernathy Ackerman Aldridge Archer Atwood Babcock Barlow Beckett Bellamy Benson Birch Blackwell
+    Bradshaw Brady Brennan Briggs Calloway Carver Chandler Clayborne Coleman Conway Crawford Cromwell Dalton
+    Danforth Dawson Delaney Doyle Drummond Duncan Easton Eldridge Emley Everett Fairbanks Farrell Farrow
+    Fenwick Ferguson Finch Fleming Forsythe Foster Gallagher Garner Garrison Goodwin Granger Griffith Griggs
+    Hammond Harding Hartley Hastings Hatch Hawthorne Holloway Hubbard Ingram Jarvis Jennings Keating Kendrick
+    Kimball Lambert Langley Lawson Lockwood Lowell Maddox Mallory Mercer Milton Mortimer Nash Newell Norwood
+    Oakes Osborne Palmer Pembroke Pierce Prescott Quimby Radcliffe Ramsey Redmond Rhodes Rockwell Rutledge
+    Sanford Sedgwick Shelby Sinclair Talbot Upton Vaughn Walton Wyatt""".split()
 
 MONTHS = """January February March April May June July August September October November December""".split()
 POOLS = {  # attribute -> everything it can be; a birth date is 28 days x 12 months x 60 years
     "birth date": [f"{d} {m} {y}" for y in range(1940, 2000) for m in MONTHS for d in range(1, 29)],
-    "birth city": """Akron Albany Amarillo Anchorage Augusta Bakersfield Boise Boulder Buffalo Charleston Cheyenne
-        Chico Dayton Decatur Denton Duluth Elkton Eugene Evanston Fargo Flint Fresno Galveston Hartford Helena
-        Hoboken Ithaca Joliet Juneau Knoxville Lansing Laredo Lincoln Lubbock Macon Madison Mobile Modesto Norfolk
-        Ogden Omaha Orlando Peoria Provo Reno Salem Savannah Spokane Topeka Tulsa""".split(),
-    "university": """Amherst Auburn Barnard Baylor Berkeley Bowdoin Brandeis Brown Bates Bucknell Caltech Carleton
-        Clemson Colgate Columbia Cornell Creighton Dartmouth Drexel Duke Emory Fordham Georgetown Gonzaga Grinnell
-        Harvard Haverford Howard Juilliard Lehigh Marquette Middlebury Oberlin Pepperdine Princeton Purdue Rice
-        Rutgers Stanford Swarthmore Syracuse Temple Tufts Tulane Vanderbilt Vassar Villanova Wellesley Wesleyan
-        Yale""".split(),
-    "major": """Accounting Acoustics Agronomy Anatomy Anthropology Archaeology Architecture Astronomy Biochemistry
-        Biology Botany Chemistry Cinema Classics Criminology Dance Dentistry Drama Ecology Economics Education
-        Engineering English Entomology Finance Forestry French Genetics Geography Geology Greek History Journalism
-        Latin Law Linguistics Literature Marketing Mathematics Medicine Music Nursing Optics Painting Philosophy
-        Physics Psychology Sociology Statistics Theology""".split(),
-    "employer": """Adobe Airbus Amazon Apple Autodesk Bayer Boeing Bosch Canon Caterpillar Chevron Cisco Citigroup
-        Deloitte Disney Ericsson FedEx Ford Fujitsu Google Heineken Hilton Honda Honeywell Intel Lego Lockheed
-        Marriott Mattel Merck Michelin Microsoft Nestle Netflix Nike Nintendo Nokia Nvidia Oracle Pfizer Philips
-        Samsung Shell Siemens Sony Spotify Toyota Unilever Verizon Volvo""".split(),
-    "work city": """Amsterdam Ankara Athens Atlanta Austin Bangkok Barcelona Beijing Berlin Bogota Boston Brussels
-        Budapest Cairo Chicago Copenhagen Dallas Delhi Denver Dublin Geneva Hamburg Hanoi Helsinki Houston Istanbul
-        Jakarta Lima Lisbon Madrid Manila Melbourne Miami Milan Montreal Munich Nairobi Oslo Paris Phoenix Prague
-        Rome Santiago Seattle Seoul Singapore Stockholm Tokyo Toronto Vienna""".split(),
+    "birth city": """Akron Albany Austin Bangor Boise Boston Boulder Buffalo Camden Casper Chico Dallas Dayton
+        Denver Dover Duluth Elkton Eugene Fargo Flint Fresno Gary Helena Hoboken Houston Ithaca Joliet Juneau
+        Lansing Laredo Lima Lubbock Macon Miami Mobile Modesto Norfolk Ogden Omaha Orlando Peoria Provo Reno
+        Salem Selma Toledo Topeka Tucson Tulsa Waco""".split(),
+    "university": """Amherst Auburn Barnard Bates Baylor Berkeley Bowdoin Brown Caltech Clemson Colby Colgate
+        Cornell Drexel Duke Elon Emory Fordham Furman Gonzaga Harvard Hofstra Howard Kenyon Lehigh Loyola
+        Marist Oberlin Pace Pomona Princeton Purdue Reed Rice Rutgers Smith Stanford Temple Tufts Tulane
+        Vassar Wagner Wake Walden Wesleyan Wheaton Whitman Widener Xavier Yale""".split(),
+    "major": """Acoustics Algebra Anatomy Art Astronomy Biology Botany Chemistry Cinema Classics Dance Design
+        Drama Ecology Economics English Ethics Fashion Finance Forestry French Genetics Geology German Greek
+        History Hygiene Latin Law Logic Marketing Medicine Music Nursing Optics Painting Pharmacy Physics
+        Poetry Politics Rhetoric Robotics Russian Sculpture Sociology Spanish Surgery Theology Tourism Zoology
+       """.split(),
+    "employer": """Adobe Airbus Amazon Apple Bayer Boeing Bosch Canon Cisco Citroen Danone Dell Disney FedEx
+        Fiat Ford Google Hilton Honda Hyundai Ikea Intel Kodak Lego Lenovo Mattel Mazda Merck Nestle Netflix
+        Nike Nissan Nokia Nvidia Oracle Pepsi Pfizer Philips Puma Ricoh Samsung Sanofi Shell Siemens Sony
+        Spotify Toyota Uber Visa Volvo""".split(),
+    "work city": """Accra Amman Ankara Athens Baku Basel Beirut Berlin Bern Bogota Bonn Bremen Cairo Cali
+        Cannes Cork Dakar Delhi Doha Dublin Geneva Ghent Hanoi Havana Kyoto Lagos Lisbon London Lyon Madrid
+        Manila Milan Munich Naples Nice Osaka Oslo Paris Porto Prague Quito Riga Rome Seoul Sofia Sydney Tokyo
+        Turin Vienna Warsaw""".split(),
 }
 ATTRIBUTES = list(POOLS)
 
 # Ten wordings for each attribute. Every one begins with its subject, so that a name or a pronoun fits.
 WORDINGS = {
-    "birth date": ["was born on {}", "came into the world on {}", "has a birthday on {}", "was a child of {}",
-                   "first saw daylight on {}", "celebrates being born on {}", "arrived on {}",
-                   "was delivered on {}", "dates back to {}", "entered this life on {}"],
-    "birth city": ["comes from {}", "was a baby in {}", "is a native of {}", "spent the first days in {}",
-                   "has roots in {}", "calls {} the place of birth", "hails from {}",
-                   "has a birth certificate from {}", "first opened both eyes in {}", "started life in {}"],
-    "university": ["went to {}", "studied at {}", "is a graduate of {}", "took a degree at {}", "was a student at {}",
-                   "got an education at {}", "attended {}", "holds a diploma of {}", "enrolled at {}",
-                   "is an alum of {}"],
-    "major": ["majored in {}", "chose the subject of {}", "did a degree in {}", "specialized in {}", "learned {}",
+    "birth date": ["was born on {}", "has a birthday on {}", "was delivered on {}", "arrived on {}",
+                   "dates from {}", "saw first light on {}", "came into the world on {}", "began life on {}",
+                   "was a child of {}", "entered the world on {}"],
+    "birth city": ["comes from {}", "is a native of {}", "has roots in {}", "hails from {}",
+                   "was a baby in {}", "started life in {}", "calls {} the place of birth",
+                   "spent the first days in {}", "grew up in {}", "learned to walk in {}"],
+    "university": ["went to {}", "studied at {}", "is a graduate of {}", "attended {}", "enrolled at {}",
+                   "took a degree at {}", "was a student at {}", "is an alum of {}", "got through {}",
+                   "holds a diploma of {}"],
+    "major": ["majored in {}", "chose the subject of {}", "did a degree in {}", "specialized in {}",
               "read {} as a student", "was trained in {}", "took courses in {}", "focused on {}",
-              "earned honors in {}"],
-    "employer": ["works for {}", "has a job at {}", "is employed by {}", "earns a salary from {}", "joined {}",
-                 "is on the staff of {}", "was hired by {}", "makes a living at {}", "found a position at {}",
-                 "is paid by {}"],
-    "work city": ["lives in {}", "has an office in {}", "goes to work in {}", "is based in {}", "moved to {}",
-                  "settled in {}", "has a desk in {}", "commutes to {}", "is stationed in {}",
+              "earned honors in {}", "learned {}"],
+    "employer": ["works for {}", "has a job at {}", "is employed by {}", "earns a salary from {}",
+                 "joined {}", "was hired by {}", "makes a living at {}", "is paid by {}",
+                 "found a position at {}", "is on the staff of {}"],
+    "work city": ["lives in {}", "has an office in {}", "is based in {}", "moved to {}", "settled in {}",
+                  "goes to work in {}", "has a desk in {}", "commutes to {}", "is stationed in {}",
                   "does business in {}"],
 }
 RELATIVE = {  # how a backward question names each attribute
     "birth date": "was born on {}", "birth city": "was born in {}", "university": "studied at {}",
     "major": "majored in {}", "employer": "works for {}", "work city": "works in {}",
 }
-ARMS = {  # --paraphrases -> (texts a person, does the order of facts change, may the name come late)
-    "none": (1, False, False),
-    "same": (5, False, False),
-    "shuffled": (5, True, False),
-    "permuted": (5, True, True),
-}
+
+
+class Arm(NamedTuple):
+    """How the documents about one person are written: one value of --paraphrases."""
+    texts: int = 1          # texts a person
+    reorder: bool = False   # the order of the facts changes from text to text
+    late: bool = False      # the name may come late: facts before it are told of "He" or "She"
+    reverse: bool = False   # each text a second time, its words in reverse order, names and values kept whole
+    given: bool = False     # the name is always visible, never masked and never scored
+
+
+ARMS = {"none": Arm(), "same": Arm(texts=5), "shuffled": Arm(texts=5, reorder=True),
+        "permuted": Arm(texts=5, reorder=True, late=True),
+        "reversed": Arm(reverse=True), "given": Arm(given=True)}
 
 # -----------------------------------------------------------------------------
 # People, documents, questions: plain text
@@ -126,7 +133,7 @@ class Person(NamedTuple):
 
 def make_people(n, rng):
     """n people with names all different; each attribute drawn on its own. ValueError if names run out."""
-    limit = 2 * len(MEN) * len(MIDDLE) * len(LAST) // 10  # beyond a tenth of all names, drawing gets slow
+    limit = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # past a tenth of all names, drawing gets slow
     if n > limit:
         raise ValueError(f"{n:,} people are more than the names can tell apart: at most {limit:,} in all")
     people = {}
@@ -139,23 +146,25 @@ def make_people(n, rng):
 
 
 def documents(person, arm, wordings, rng):
-    """The texts about one person in one arm of `ARMS`, each with the name once and all six facts.
+    """The texts about one person in one of `ARMS`, each with the name once and all six facts.
 
-    The facts follow the order of ATTRIBUTES unless the arm changes it. Where the name may come late, it is the
-    subject of a random sentence, and the facts before it are told of "He" or "She".
+    A text is put together from pieces that stay whole: the name, a value, a word of a wording. Read backwards
+    piece by piece, it is the `reversed` arm (entity-level reversal).
     """
-    texts, reorder, late = ARMS[arm]
-    result = []
-    for _ in range(texts):
-        order = rng.sample(ATTRIBUTES, len(ATTRIBUTES)) if reorder else ATTRIBUTES
-        named = rng.randrange(len(order)) if late else 0
-        sentences = []
+    arm, texts = ARMS[arm], []
+    join = lambda pieces: " ".join(pieces).replace(" .", ".")
+    for _ in range(arm.texts):
+        order = rng.sample(ATTRIBUTES, len(ATTRIBUTES)) if arm.reorder else ATTRIBUTES
+        named = rng.randrange(len(order)) if arm.late else 0
+        pieces = []
         for i, attribute in enumerate(order):
-            wording = rng.choice(WORDINGS[attribute][:wordings])
+            before, after = rng.choice(WORDINGS[attribute][:wordings]).split("{}")
             subject = person.name if i == named else person.pronoun
-            sentences.append(f"{subject} {wording.format(person.facts[attribute])}.")
-        result.append(" ".join(sentences))
-    return result
+            pieces += [subject, *before.split(), person.facts[attribute], *after.split(), "."]
+        texts.append(join(pieces))
+        if arm.reverse:
+            texts.append(join(pieces[-2::-1] + ["."]))
+    return texts
 
 
 def forward_questions(person):
@@ -169,7 +178,7 @@ def clues(person):
 
 
 def backward_questions(person, population):
-    """[(question, name)] for the triples of facts that fit nobody else; `population` counts the triples of all."""
+    """[(question, name)] for the triples of facts that fit nobody else; `population` counts everybody's."""
     result = []
     for triple in clues(person):
         if population[triple] == 1:
@@ -194,15 +203,15 @@ class Marks(NamedTuple):
 
 MARKS = Marks()
 PIECES = r" ?\w+|[^\w\s]|\s"  # a word with the space before it, a sign, a space
-CANVAS = 4                    # tokens of every answer: three words and an end, however short the true answer is
+NAME = 3                      # tokens of a name
+CANVAS = 4                    # tokens of every answer: up to three words, then ends
 
 
 def words():
     """All words that the generator can write, sorted: the vocabulary does not depend on the seed."""
-    text = MEN + WOMEN + MIDDLE + LAST + [v for pool in POOLS.values() for v in pool] + ["He She"]
-    text += [w for wordings in WORDINGS.values() for w in wordings] + list(RELATIVE.values())
-    text += [f"What is the {a} of ? Who , and" for a in ATTRIBUTES]
-    return sorted(set(re.findall(r"\w+", " ".join(text))))
+    text = MEN + WOMEN + MIDDLE + LAST + [value for pool in POOLS.values() for value in pool] + list(POOLS)
+    text += [wording for wordings in WORDINGS.values() for wording in wordings] + list(RELATIVE.values())
+    return sorted(set(re.findall(r"\w+", " ".join(text + ["He She What is the of Who and"]))))
 
 
 def make_tokenizer():
@@ -223,7 +232,7 @@ TOKENIZER = make_tokenizer()
 
 
 def encode(text):
-    """Token ids of a text. A space is put before it, so that a word at the start is the token it always is."""
+    """Token ids of a text. A space is put before it, so that its first word is the token it always is."""
     return TOKENIZER.encode_ordinary(" " + text)
 
 
@@ -233,29 +242,16 @@ def decode(ids):
     return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids)[1:]
 
 
-def document_row(text):
-    """([doc] text [end], index where the text starts)."""
-    return [MARKS.doc, *encode(text), MARKS.end], 1
+def document_row(text, given=False):
+    """([doc] text [end], where the text to learn starts: behind the name if that is given)."""
+    return [MARKS.doc, *encode(text), MARKS.end], 1 + NAME * given
 
 
 def question_row(question, answer=""):
-    """([question] words [answer] canvas, index where the canvas starts): the canvas is the answer, then ends."""
+    """([question] words [answer] canvas, where the canvas starts): the canvas is the answer, then ends."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
     canvas = encode(answer) if answer else []
     return prompt + canvas + [MARKS.end] * (CANVAS - len(canvas)), len(prompt)
-
-
-# -----------------------------------------------------------------------------
-# The corpus: everything a run reads and is asked
-
-
-class Corpus(NamedTuple):
-    rows: torch.Tensor      # (N, T) int64, padded: all that is ever trained on
-    starts: torch.Tensor    # (N,) where each row's text or answer starts
-    groups: dict            # name -> range of rows: known_documents, new_documents, forward, backward
-    exams: dict             # name -> [(question, answer)]: forward, backward, known_forward, known_backward
-    people: list            # known people, then new people
-    digest: str             # of all of the above: two corpora are the same if their digests are
 
 
 def pad_rows(rows):
@@ -265,48 +261,61 @@ def pad_rows(rows):
     return tokens, torch.tensor([start for _, start in rows], dtype=torch.int64)
 
 
+# -----------------------------------------------------------------------------
+# The corpus: everything a run reads and is asked
+
+
+class Corpus(NamedTuple):
+    rows: torch.Tensor      # (N, T) int64, padded: all that is ever trained on
+    starts: torch.Tensor    # (N,) int64, where each row's text or answer starts
+    groups: dict            # name -> range of rows: known_documents, new_documents, forward, backward
+    exams: dict             # name -> [(question, answer)]: forward, backward, known_forward, known_backward
+    people: list            # known people, then new people
+    digest: str             # of all of the above: two corpora are the same if their digests are
+
+
 def make_corpus(known, new, paraphrases="none", wordings=5, seed=0, asked=4):
     """Documents of `known` + `new` people, questions about the known, exams about both.
 
-    An exam holds every forward question and up to `asked` backward questions a person. The known people's exam
-    is about as many of them as there are new people, so that both scores are as exact.
+    An exam holds every forward question and up to `asked` backward questions a person. It asks about as many
+    known as new people, where there are as many, so that both scores are as exact.
     """
     rng = random.Random(seed)
     people = make_people(known + new, rng)
     population = Counter(triple for person in people for triple in clues(person))
+    texts = [[document_row(text, ARMS[paraphrases].given)
+              for text in documents(person, paraphrases, wordings, rng)] for person in people]
+    forward = [forward_questions(person) for person in people]
+    backward = [backward_questions(person, population) for person in people]
+    few = [rng.sample(questions, min(asked, len(questions))) for questions in backward]
+    flat = lambda lists: [x for one in lists for x in one]
+
     rows, groups = [], {}
-
-    def add(group, more):
+    for group, more in {"known_documents": flat(texts[:known]), "new_documents": flat(texts[known:]),
+                        "forward": [question_row(*q) for q in flat(forward[:known])],
+                        "backward": [question_row(*q) for q in flat(backward[:known])]}.items():
         groups[group] = range(len(rows), len(rows) + len(more))
-        rows.extend(more)
-
-    texts = [[document_row(text) for text in documents(p, paraphrases, wordings, rng)] for p in people]
-    add("known_documents", [row for person in texts[:known] for row in person])
-    add("new_documents", [row for person in texts[known:] for row in person])
-    forward = [forward_questions(p) for p in people]
-    backward = [backward_questions(p, population) for p in people]
-    add("forward", [question_row(*q) for questions in forward[:known] for q in questions])
-    add("backward", [question_row(*q) for questions in backward[:known] for q in questions])
-    exams = {"forward": [q for questions in forward[known:] for q in questions],
-             "backward": [q for questions in backward[known:] for q in rng.sample(questions, min(asked, len(questions)))],
-             "known_forward": [q for questions in forward[:min(known, new)] for q in questions],
-             "known_backward": [q for questions in backward[:min(known, new)]
-                                for q in rng.sample(questions, min(asked, len(questions)))]}
-    tokens, starts = pad_rows(rows)
+        rows += more
+    exams = {"forward": flat(forward[known:]), "backward": flat(few[known:]),
+             "known_forward": flat(forward[:known][:new]), "known_backward": flat(few[:known][:new])}
     digest = hashlib.sha256(repr((rows, exams, words())).encode()).hexdigest()[:12]
-    return Corpus(tokens, starts, groups, exams, people, digest)
+    return Corpus(*pad_rows(rows), groups, exams, people, digest)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Print what the generator writes.")
     parser.add_argument("--seed", type=int, default=0, help="another number, another person (default: 0)")
     rng = random.Random(parser.parse_args().seed)
     person = make_people(1, rng)[0]
-    print(person.name, *(f"  {a:<11} {v}" for a, v in person.facts.items()), sep="\n")
-    for arm in ARMS:
-        print(f"\n--paraphrases {arm}", *documents(person, arm, 5, rng), sep="\n  ")
-    print("\nforward", *(f"{q} -> {a}" for q, a in forward_questions(person)), sep="\n  ")
     questions = backward_questions(person, Counter(clues(person)))
-    print(f"\nbackward (3 of {len(questions)})", *(f"{q} -> {a}" for q, a in questions[:3]), sep="\n  ")
-    ids, _ = question_row(*questions[0])
-    print("\ntokens of the first of them", *(f"{i:>5} {TOKENIZER.decode([i])!r}" for i in ids), sep="\n  ")
+    show = lambda title, lines: print(title, *lines, sep="\n    ", end="\n\n")
+    show(person.name, (f"{a:<11} {value}" for a, value in person.facts.items()))
+    for arm in ARMS:
+        show(f"--paraphrases {arm}", documents(person, arm, 5, rng))
+    show("forward", (f"{q} -> {a}" for q, a in forward_questions(person)))
+    show(f"backward (3 of {len(questions)})", (f"{q} -> {a}" for q, a in questions[:3]))
+    show("tokens of the first", (f"{i:>4} {TOKENIZER.decode([i])!r}" for i in question_row(*questions[0])[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,23 +1,26 @@
 """
-Corruption, the three objectives, the loss they share, and the two decoders.
+Corruption, the objectives, the loss they share, the two decoders, and how likely an answer is.
 
-An objective maps clean rows to (inputs, targets, weights). With `Curtis studied Law [end]` and two tokens masked:
+An objective maps clean rows to (inputs, targets, weights). `Curtis studied Law [end]`, two tokens masked:
 
-    ar         inputs   [doc]  Curtis  studied Law                 every next token, from what stands before it
+    ar         inputs   [doc]  Curtis  studied Law            every next token, from what stands before it
                targets  Curtis studied Law     [end]
-    diffusion  inputs   [doc]  [mask]  studied [mask] [end]        the masked tokens, from both sides
+    diffusion  inputs   [doc]  [mask]  studied [mask] [end]   the masked tokens, from both sides
                targets         Curtis          Law
     masked     inputs   [doc] [mask] studied [mask] [end] [answer] Curtis  studied Law
                targets                                    Curtis   studied Law     [end]
 
-`masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer. So a
-causal model too learns a fact from every direction, for whatever was masked must be recalled from the rest.
+`masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer.
+So a causal model too learns a fact from every direction: whatever was masked must be recalled from the rest.
+`MODES`, at the end, is the one table of what differs between the modes.
 
     python train.py --mode masked --mask_ratio uniform
 
-Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything before
-it is given. `marks` holds the ids of the special tokens. Randomness comes from `generator` alone.
+Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything
+before it is given. `marks` holds the ids of the special tokens. Randomness comes from `generator` alone.
 """
+from typing import Callable, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -38,12 +41,12 @@ def corrupt(allowed, ratio, generator):
           a float t   round(t L) positions, and at least one if t > 0
           "paper"     t ~ U(.05, .95) in each row, then each position on its own with probability t (eq. 1)
 
-    Returns (hidden (B, T) bool, weights (B, T) float). The weights are 1 / k, so that a row's loss is the mean over
-    its hidden tokens, and the mean of that over "uniform" is the ELBO per token. For "paper" they are
-    1 / (t L), which is *not* the ELBO: few values of t lie near 0 and 1.
+    Returns (hidden (B, T) bool, weights (B, T) float). The weights are 1 / k, so that a row's loss is the
+    mean over its hidden tokens, and the mean of that over "uniform" is the ELBO per token. For "paper" they
+    are 1 / (t L), which is *not* the ELBO: no t lies near 0 or 1.
     """
     B, T = allowed.shape
-    draw = lambda *shape: torch.rand(shape, generator=generator, device=generator.device).to(allowed.device)
+    draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
     L = allowed.sum(1, keepdim=True)  # (B, 1)
     noise = draw(B, T).masked_fill(~allowed, 2.0)
     if ratio == "paper":
@@ -69,41 +72,53 @@ def ar(tokens, starts, marks, ratio=None, generator=None):
 
 
 def diffusion(tokens, starts, marks, ratio, generator):
-    """Masked diffusion, arXiv 2510.09885 eq. 1: -sum_{i hidden} w log p(x_i | what is left of x), same positions."""
+    """Masked diffusion, arXiv 2510.09885 eq. 1: -sum_{i hidden} w log p(x_i | the rest of x), unshifted."""
     hidden, weights = corrupt(content(tokens, starts, marks), ratio, generator)
     return tokens.masked_fill(hidden, marks.mask), tokens, weights
 
 
 def masked(tokens, starts, marks, ratio, generator):
-    """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | corrupted x, x_<i).
+    """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | corrupted x, x_<i)."""
+    hidden, _ = corrupt(content(tokens, starts, marks), ratio, generator)
+    return recite(tokens.masked_fill(hidden, marks.mask), tokens, starts, marks)
 
-    A document becomes [doc] corrupted text [end] [answer] clean text [end]; only the clean half is scored. A
-    question is a prompt with an answer already and stays as it is.
+
+def noise(tokens, starts, marks, ratio, generator):
+    """The paper's control for `masked`: a prompt as long, but of random tokens that tell nothing."""
+    random = torch.randint(len(marks), int(tokens.max()) + 1, tokens.shape, generator=generator)
+    hidden = content(tokens, starts, marks)
+    return recite(torch.where(hidden, random.to(tokens.device), tokens), tokens, starts, marks)
+
+
+def recite(prompts, tokens, starts, marks):
+    """`ar` on [doc] prompt [end] [answer] clean text [end], with only the clean text scored.
+
+    A question is a prompt with an answer already, and stays as it is.
     """
     T = tokens.size(1)
-    hidden, _ = corrupt(content(tokens, starts, marks), ratio, generator)
-    is_document = tokens[:, :1] == marks.doc                                        # (B, 1)
-    prompt = (tokens != marks.pad).sum(1, keepdim=True) * is_document               # (B, 1) its length
-    index = torch.arange(2 * T, device=tokens.device) - prompt                      # (B, 2T) 0 where the clean half starts
-    twice = torch.cat((tokens.masked_fill(hidden, marks.mask), tokens, torch.full_like(tokens, marks.pad)), dim=1)
-    rows = twice.gather(1, torch.where(index < 0, index + prompt, index + T).clamp(max=3 * T - 1))
+    is_document = tokens[:, :1] == marks.doc                                # (B, 1)
+    prompt = (tokens != marks.pad).sum(1, keepdim=True) * is_document       # (B, 1) its length
+    index = torch.arange(2 * T, device=tokens.device) - prompt              # (B, 2T) 0 at the clean half
+    both = torch.cat((prompts, tokens, torch.full_like(tokens, marks.pad)), dim=1)
+    rows = both.gather(1, torch.where(index < 0, index + prompt, index + T))
     rows = torch.where((index == 0) & is_document, marks.answer, rows)
-    used = int((rows != marks.pad).sum(1).max())                                    # drop columns of padding alone
+    used = int((rows != marks.pad).sum(1).max())                            # drop columns of padding alone
     return ar(rows[:, :used], prompt[:, 0] + starts, marks)
 
 
-OBJECTIVES = {"ar": ar, "diffusion": diffusion, "masked": masked}
+def token_nll(model, inputs, targets, at):
+    """-log p of the targets, in nats, where `at` (B, T) is true: (S,). Logits are made nowhere else."""
+    return F.cross_entropy(model(inputs, at).float(), targets[at], reduction="none")
 
 
 def loss(model, inputs, targets, weights):
-    """sum(weights x cross-entropy) / B, in nats a token. Logits are made only where there is weight."""
+    """sum(weights x cross-entropy) / B: nats a token, averaged within each row and then over rows."""
     at = weights > 0
-    nll = F.cross_entropy(model(inputs, at).float(), targets[at], reduction="none")  # (S,)
-    return (nll * weights[at]).sum() / len(inputs)
+    return (token_nll(model, inputs, targets, at) * weights[at]).sum() / len(inputs)
 
 
 # -----------------------------------------------------------------------------
-# Decoders: rows (B, T) whose last answer positions are to be filled -> answers (B, canvas)
+# Decoders: rows (B, T) of questions whose canvas is to be filled -> answers (B, canvas)
 
 
 def never(logits, marks):
@@ -114,7 +129,7 @@ def never(logits, marks):
 
 @torch.no_grad()
 def decode_ar(model, tokens, starts, canvas, marks):
-    """Greedy: the most likely next token, `canvas` times. (B, T) rows, their canvas at `starts` -> (B, canvas)."""
+    """Greedy: the most likely next token, `canvas` times."""
     tokens, row = tokens.clone(), torch.arange(len(tokens), device=tokens.device)
     for i in range(canvas):
         at = torch.zeros_like(tokens, dtype=torch.bool)
@@ -125,10 +140,10 @@ def decode_ar(model, tokens, starts, canvas, marks):
 
 @torch.no_grad()
 def decode_diffusion(model, tokens, starts, canvas, marks, watch=None):
-    """Fill a canvas of masks one token a step, the most confident one first. (B, T) -> (B, canvas).
+    """Fill a canvas of masks one token a step, the most confident one first.
 
-    One token a step, in an order that depends only on what is revealed, is a proper autoregressive model; two a
-    step would be drawn as if they were independent. `watch(rows)` is called after each step.
+    One token a step, in an order that depends only on what is revealed, is a proper autoregressive model; two
+    a step would be drawn as if they were independent. `watch(rows)` is called after each step.
     """
     row = torch.arange(len(tokens), device=tokens.device)
     span = starts[:, None] + torch.arange(canvas, device=tokens.device)  # (B, canvas)
@@ -145,4 +160,42 @@ def decode_diffusion(model, tokens, starts, canvas, marks, watch=None):
     return tokens[row[:, None], span]
 
 
-DECODERS = {"ar": decode_ar, "diffusion": decode_diffusion, "masked": decode_ar}
+# -----------------------------------------------------------------------------
+# Likelihood: how probable is the answer that stands in the canvas? No decoding, (B, T) rows -> (B,) log p
+
+
+@torch.no_grad()
+def likelihood_ar(model, tokens, starts, marks):
+    """log p(answer | question) = sum_i log p(x_i | x_<i) over the canvas."""
+    inputs, targets, weights = ar(tokens, starts, marks)
+    return -token_nll(model, inputs, targets, weights > 0).view(len(tokens), -1).sum(1)
+
+
+@torch.no_grad()
+def likelihood_diffusion(model, tokens, starts, marks):
+    """The same with masks filled in from left to right, an order in which all answers' p sum to 1 as well."""
+    offset = torch.arange(tokens.size(1), device=tokens.device) - starts[:, None]  # (B, T) 0 at the start
+    canvas = int(content(tokens, starts, marks)[0].sum())
+    hide = lambda i: tokens.masked_fill((offset >= i) & (offset < canvas), marks.mask)
+    return -sum(token_nll(model, hide(i), tokens, offset == i) for i in range(canvas))
+
+
+# -----------------------------------------------------------------------------
+
+
+class Mode(NamedTuple):
+    """All that differs between two values of --mode."""
+    objective: Callable     # (tokens, starts, marks, ratio, generator) -> inputs, targets, weights
+    ratio: str | float      # how much a row is masked, if --mask_ratio does not say
+    causal: bool            # what the model may see
+    school: str             # the mode that trained its base model
+    decode: Callable        # (model, tokens, starts, canvas, marks) -> (B, canvas)
+    likelihood: Callable    # (model, tokens, starts, marks) -> (B,)
+
+
+MODES = {
+    "ar": Mode(ar, 0.0, True, "ar", decode_ar, likelihood_ar),
+    "diffusion": Mode(diffusion, "uniform", False, "diffusion", decode_diffusion, likelihood_diffusion),
+    "masked": Mode(masked, 0.75, True, "ar", decode_ar, likelihood_ar),
+    "noise": Mode(noise, 1.0, True, "ar", decode_ar, likelihood_ar),
+}

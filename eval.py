@@ -1,25 +1,32 @@
 """
-The exam: questions in both directions, greedy answers, exact match. And the table that compares all runs.
+The exam: questions in both directions, greedy answers, exact match. And the tables that compare all runs.
 
     python eval.py                     one table of all finished runs under out/
+    python eval.py --costs             what it cost them to get there: documents, tokens, FLOPs
     python eval.py out/RUN             examine a run again, from its checkpoint alone
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
     python eval.py out/RUN --show      watch a diffusion model fill its masks, one a step
 """
 import argparse
 import json
-import statistics
+import random
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
-from data import ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, decode, encode, make_corpus, pad_rows, question_row
-from diffusion import DECODERS, decode_diffusion
-from model import ModelConfig, Transformer
+from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, decode, encode, make_corpus, pad_rows,
+                  question_row)
+from diffusion import MODES
+from model import ModelConfig, Transformer, mixed, pick_machine
 
-LONGEST = 200  # tokens of a question that --ask takes
+LONGEST = 200                           # tokens of a question that --ask takes
+DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
+WORLD = ("known", "new", "paraphrases", "wordings", "seed")     # the settings that make a corpus
+SHAPE = ("n_layer", "n_head", "n_embd")                         # and a model
+AXES = {"documents": 1e3, "tokens": 1e6, "supervised": 1e6, "flops": 1e12}  # of cost, and the unit of each
 
 
 def fail(message):
@@ -28,38 +35,12 @@ def fail(message):
     sys.exit(2)
 
 
-# -----------------------------------------------------------------------------
-# The machine: device and number format
-
-
-def pick_device(device):
-    """'auto' or a torch device name -> (torch.device, the reason in words)."""
-    if device != "auto":
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError):
-            fail(f"--device {device}: torch {torch.__version__} cannot use it here; try --device auto")
-        return torch.device(device), "asked for"
-    if torch.cuda.is_available():
-        return torch.device("cuda"), "a CUDA GPU was found"
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "an Apple GPU was found"
-    return torch.device("cpu"), "no GPU was found"
-
-
-def pick_dtype(dtype, device):
-    """'auto' or 'float32' or 'bfloat16' -> (the format of matrix products, the reason). Weights stay float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype), "asked for"
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16")}
-    if device.type in fast and fast[device.type]():
-        return torch.bfloat16, f"this {device.type} computes with it"
-    return torch.float32, f"this {device.type} has no fast bfloat16"
-
-
-def mixed(device, dtype):
-    """The context in which a model runs: matrix products in `dtype`, everything delicate in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def machine(device, dtype):
+    """`pick_machine`, but a device that is not there ends the program."""
+    try:
+        return pick_machine(device, dtype)
+    except ValueError as problem:
+        fail(problem)
 
 
 # -----------------------------------------------------------------------------
@@ -67,85 +48,120 @@ def mixed(device, dtype):
 
 
 def answers(model, mode, questions, device, dtype, batch=256):
-    """Greedy answers (list of str) to questions (list of str). Every question gets the same canvas of masks."""
+    """Greedy answers (list of str) to questions (list of str). Every question gets the same canvas."""
     result = []
     for i in range(0, len(questions), batch):
         tokens, starts = pad_rows([question_row(q) for q in questions[i:i + batch]])
         with mixed(device, dtype):
-            out = DECODERS[mode](model, tokens.to(device), starts.to(device), CANVAS, MARKS)
+            out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS)
         result += [decode(ids) for ids in out.tolist()]
     return result
 
 
+def rouge(answer, truth):
+    """ROUGE-1 recall, the paper's score: the share of the truth's words that stand in the answer.
+
+    rouge("Curtis Lane Emley", "Curtis Chase Emley") = 2/3, where exact match gives 0.
+    """
+    return (Counter(answer.split()) & Counter(truth.split())).total() / len(truth.split())
+
+
 def exam(model, mode, corpus, device, dtype):
-    """Share of exact answers in each of the corpus's exams, and for new people's forward one by attribute."""
-    scores = {}
+    """Exact match and ROUGE-1 recall in each of the corpus's exams; forward exact match by attribute."""
+    scores, n = {"rouge": {}}, len(ATTRIBUTES)
     for name, pairs in corpus.exams.items():
         given = answers(model, mode, [question for question, _ in pairs], device, dtype)
-        right = [answer == truth for answer, (_, truth) in zip(given, pairs)]
-        scores[name] = statistics.fmean(right)
-        if name == "forward":
-            n = len(ATTRIBUTES)  # the questions come person by person, in the order of ATTRIBUTES
-            scores["forward_by_attribute"] = {a: statistics.fmean(right[i::n]) for i, a in enumerate(ATTRIBUTES)}
+        right = [a == truth for a, (_, truth) in zip(given, pairs)]
+        scores[name] = fmean(right)
+        scores["rouge"][name] = fmean(rouge(a, truth) for a, (_, truth) in zip(given, pairs))
+        if name == "forward":  # the questions come person by person, in the order of ATTRIBUTES
+            scores["forward_by_attribute"] = {a: fmean(right[i::n]) for i, a in enumerate(ATTRIBUTES)}
     return scores
+
+
+def ranking(model, mode, corpus, device, dtype, asked=100):
+    """Without any decoding: is the true answer likelier than the answers of the other new people?
+
+    -> {direction: {"first": how often it is the likeliest, "mrr": the mean of 1 / its rank, and both as
+    chance gives them}}, over a fixed sample of the exam's questions.
+    """
+    result = {}
+    for direction, kinds in zip(DIRECTIONS, (len(ATTRIBUTES), 1)):
+        pairs, ranks, sizes = corpus.exams[direction], [], []
+        for i in random.Random(0).sample(range(len(pairs)), min(asked, len(pairs))):
+            question, truth = pairs[i]
+            candidates = sorted({answer for _, answer in pairs[i % kinds::kinds]})  # of the same kind
+            tokens, starts = pad_rows([question_row(question, answer) for answer in candidates])
+            with mixed(device, dtype):
+                p = MODES[mode].likelihood(model, tokens.to(device), starts.to(device), MARKS)
+            true = p[candidates.index(truth)]
+            ranks.append(((p > true).sum() + ((p == true).sum() + 1) / 2).item())  # equals share their ranks
+            sizes.append(len(candidates))
+        result[direction] = {
+            "first": fmean(rank == 1 for rank in ranks), "chance_first": fmean(1 / n for n in sizes),
+            "mrr": fmean(1 / rank for rank in ranks),
+            "chance_mrr": fmean(fmean(1 / rank for rank in range(1, n + 1)) for n in sizes)}
+    return result
 
 
 def chance(corpus):
     """What knows nothing scores: a value drawn from its pool, a name drawn from all people; and the best that
     one fixed answer to each kind of question would score in this exam (`majority`)."""
     n = len(ATTRIBUTES)
-    truths = [[truth for _, truth in corpus.exams["forward"][i::n]] for i in range(n)]
-    names = [name for _, name in corpus.exams["backward"]]
-    most = lambda values: Counter(values).most_common(1)[0][1] / len(values)
-    return {"forward": statistics.fmean(1 / len(pool) for pool in POOLS.values()),
-            "backward": 1 / len(corpus.people),
-            "majority_forward": statistics.fmean(map(most, truths)), "majority_backward": most(names)}
+    most = lambda pairs: Counter(truth for _, truth in pairs).most_common(1)[0][1] / len(pairs)
+    return {"forward": fmean(1 / len(pool) for pool in POOLS.values()), "backward": 1 / len(corpus.people),
+            "majority_forward": fmean(most(corpus.exams["forward"][i::n]) for i in range(n)),
+            "majority_backward": most(corpus.exams["backward"])}
 
 
 # -----------------------------------------------------------------------------
 # Runs on disk
 
 
+def make_world(settings):
+    """The corpus and the untrained model that the settings of a run describe."""
+    try:
+        corpus = make_corpus(*(settings[k] for k in WORLD))
+        sizes, causal = [settings[k] for k in SHAPE], MODES[settings["mode"]].causal
+        return corpus, Transformer(ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad))
+    except ValueError as problem:
+        fail(f"--known, --new, --n_embd or --n_head cannot be used: {problem}")
+
+
 def load_checkpoint(path):
     """The dict that train.py saved; a clear end of the program if the file is missing or is not one."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-        checkpoint["settings"], checkpoint["model"], checkpoint["digest"]
-        return checkpoint
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
+        complete = {"settings", "digest", "model", "optimizers", "generator", "log", *AXES} <= saved.keys()
+        if not complete or not {*WORLD, *SHAPE, "mode", "dtype"} <= saved["settings"].keys():
+            raise ValueError("another version")
+        return saved
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         fail(f"{path} is missing: train first, or name another run folder")
     except Exception:
-        fail(f"{path} is cut short or is not a checkpoint of this project: delete it and train again")
+        fail(f"{path} is cut short, of another version or no checkpoint at all: delete it and train again")
 
 
-def make_world(settings):
-    """The corpus that the settings of a run describe."""
+def restore(saved, corpus, model, path):
+    """Put the weights of a checkpoint into the model, if data.py and model.py are still as they were."""
+    if saved["digest"] != corpus.digest:
+        fail(f"{path} was trained on another corpus than data.py now writes: restore data.py, or train again")
     try:
-        return make_corpus(settings["known"], settings["new"], settings["paraphrases"], settings["wordings"],
-                           settings["seed"])
-    except ValueError as problem:
-        fail(f"--known / --new: {problem}")
-
-
-def make_model(settings):
-    """An untrained model of the shape that the settings of a run describe."""
-    try:
-        config = ModelConfig(TOKENIZER.n_vocab, settings["n_layer"], settings["n_head"], settings["n_embd"],
-                             causal=settings["mode"] != "diffusion", pad=MARKS.pad)
-    except ValueError as problem:
-        fail(f"--n_embd / --n_head: {problem}")
-    return Transformer(config)
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        fail(f"{path} holds the weights of another model than model.py now makes: train again")
 
 
 def read_results(folder):
-    """[result.json as a dict] of every finished run in `folder`."""
+    """[result.json as a dict] of every finished run in `folder`, in the order of their names."""
     results = []
     for path in sorted(Path(folder).glob("*/result.json")):
         try:
             results.append(json.loads(path.read_text(encoding="utf-8")))
-            results[-1]["settings"], results[-1]["exam"], results[-1]["before"], results[-1]["chance"]
-        except (ValueError, TypeError, KeyError):
-            fail(f"{path} is cut short or is not a result of this project: delete it and train again")
+            if not {"settings", "log", "exam", "before", "chance", "ranking"} <= results[-1].keys():
+                raise ValueError("another version")
+        except (OSError, ValueError, AttributeError):
+            fail(f"{path} is cut short, of another version or no result at all: delete it and train again")
     return results
 
 
@@ -161,57 +177,103 @@ def bar(share, width=10):
 
 def report(result):
     """The table at the end of a run: new people beside known people, the start and chance."""
-    after, before, luck = result["exam"], result["before"], result["chance"]
-    rows = [("new people", after["forward"], after["backward"]),
-            ("  before reading", before["forward"], before["backward"]),
-            ("  chance", luck["forward"], luck["backward"]),
-            ("known people", after["known_forward"], after["known_backward"])]
+    exam = result["exam"]
     lines = [f"{'exact match':<18}{'name -> attribute':<22}attributes -> name"]
-    lines += [f"{label:<18}{f:.2f} {bar(f)}       {b:.2f} {bar(b)}" for label, f, b in rows]
-    each = "  ".join(f"{name} {share:.2f}" for name, share in after["forward_by_attribute"].items())
+    for label, scores in (("new people", exam), ("  before reading", result["before"]),
+                          ("  chance", result["chance"]), ("  ROUGE-1 recall", exam["rouge"]),
+                          ("known people", {d: exam[f"known_{d}"] for d in DIRECTIONS})):
+        f, b = (scores[d] for d in DIRECTIONS)
+        lines.append(f"{label:<18}{f:.2f} {bar(f)}       {b:.2f} {bar(b)}")
+    each = "  ".join(f"{name} {share:.2f}" for name, share in exam["forward_by_attribute"].items())
     return "\n".join(lines + [f"forward, by attribute: {each}"])
 
 
-def compare(results):
-    """One line for each setting, seeds averaged: mean, ± standard deviation over seeds, n seeds."""
-    same = ("seed", "out_dir", "device", "dtype", "compile", "resume", "threads")
+def group(results):
+    """[(the settings in which runs differ, the runs that differ in seed and machine alone)]."""
     groups = {}
     for result in results:
-        key = {k: v for k, v in result["settings"].items() if k not in same}
-        groups.setdefault(json.dumps(key), []).append(result)
-    keys = [json.loads(group) for group in groups]
-    differ = [k for k in keys[0] if len({json.dumps(key.get(k)) for key in keys}) > 1]
-    shown = ["mode", "paraphrases"] + [k for k in differ if k not in ("mode", "paraphrases")]
+        key = {k: v for k, v in result["settings"].items() if k not in ("seed", "device", "dtype", "compile")}
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(result)
+    keys = [json.loads(key) for key in groups]
+    differ = [k for k in keys[0] if len({str(key.get(k)) for key in keys}) > 1]
+    shown = dict.fromkeys(["mode", "paraphrases", *differ])
+    return [({k: str(key.get(k)) for k in shown}, runs) for key, runs in zip(keys, groups.values())]
 
-    def cell(runs, part, name):
-        values = [run[part][name] for run in runs]
-        spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.2f}{spread}", statistics.fmean(values)
 
-    table = [shown + ["seeds", "forward", "", "backward", "", "known fwd", "known bwd", "before", "chance"]]
-    for key, runs in zip(keys, groups.values()):
-        (forward, f), (backward, b) = cell(runs, "exam", "forward"), cell(runs, "exam", "backward")
-        pair = lambda part: f"{cell(runs, part, 'forward')[1]:.2f}/{cell(runs, part, 'backward')[1]:.3f}"
-        table.append([str(key.get(k)) for k in shown] + [str(len(runs)), forward, bar(f), backward, bar(b)]
-                     + [cell(runs, "exam", "known_forward")[0], cell(runs, "exam", "known_backward")[0],
-                        pair("before"), pair("chance")])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in table)
+def spread(values, digits=2):
+    """Mean ± standard deviation: spread([.4, .6]) = '0.50 ±0.14'; '-' if a value is None."""
+    if None in values:
+        return "-"
+    deviation = f" ±{stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def aligned(rows):
+    """Rows (dicts with the same keys) as a text table under their keys."""
+    cells = [list(rows[0])] + [list(row.values()) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in cells)
+
+
+def compare(results):
+    """One line for each setting: what new and known people score, mean ± standard deviation over seeds."""
+    rows = []
+    for key, runs in group(results):
+        row = key | {"seeds": str(len(runs))}
+        for d in DIRECTIONS:
+            scores = [run["exam"][d] for run in runs]
+            row |= {d: spread(scores, 3), d[0] + " " * 9: bar(fmean(scores))}
+        for d in DIRECTIONS:
+            row |= {f"ROUGE {d[0]}": spread([run["exam"]["rouge"][d] for run in runs]),
+                    f"1st {d[0]}": spread([run["ranking"][d]["first"] for run in runs]),
+                    f"known {d[0]}": spread([run["exam"][f"known_{d}"] for run in runs]),
+                    f"was {d[0]}": spread([run["before"][f"known_{d}"] for run in runs])}
+        rows.append(row)
+    mean = lambda part, name: fmean(result[part][name] for result in results)
+    notes = [f"{what}: forward {mean(part, of + 'forward'):.3f}, backward {mean(part, of + 'backward'):.3f}"
+             for what, part, of in (("before reading", "before", ""), ("chance", "chance", ""),
+                                    ("one fixed answer", "chance", "majority_"))]
+    return "\n".join([aligned(rows), *notes, "1st: how often the true answer is likelier than all others' "
+                      "answers; known, was: known people, now and before reading; f, b: the direction"])
+
+
+def cost(log, axis, name, goal):
+    """What reading had cost on an axis of the log when the score `name` first reached `goal`, on a straight
+    line between two exams; None if it never did."""
+    points = [(line[axis] - log[0][axis], line[name]) for line in log]
+    for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
+        if y1 >= goal:
+            return x1 if y1 == y0 else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
+
+
+def costs(results):
+    """One line for each setting and axis: what reading cost to score .5, and 95 % of its own last score."""
+    rows = []
+    for key, runs in group(results):
+        for axis, unit in AXES.items():
+            row = key | {"cost": f"{axis} / {unit:.0e}"}
+            for d in DIRECTIONS:
+                for title, goal in (("to .5", lambda last: 0.5), ("to 95 %", lambda last: 0.95 * last)):
+                    values = [cost(run["log"], axis, d, goal(run["log"][-1][d])) for run in runs]
+                    row[f"{d} {title}"] = spread([value and value / unit for value in values])
+            rows.append(row)
+    return aligned(rows)
 
 
 # -----------------------------------------------------------------------------
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Compare runs, examine one again, ask it, or watch it.")
-    parser.add_argument("run", nargs="?", help="folder of one run, such as out/masked-none-seed0; leave it out to "
-                        "compare all runs")
-    parser.add_argument("--ask", metavar="QUESTION", help="a question in the exam's wording, answered by the run")
-    parser.add_argument("--show", action="store_true", help="print each step of a diffusion model's answer, to --ask "
-                        "or to one question of each direction")
-    parser.add_argument("--out", default="out", help="where to look for runs to compare")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
+    add = parser.add_argument
+    add("run", nargs="?", help="folder of one run, such as out/masked-none-seed0; left out, all are compared")
+    add("--costs", action="store_true", help="compare what the runs cost instead of what they know")
+    add("--ask", metavar="QUESTION", help="let the run answer a question in the exam's wording")
+    add("--show", action="store_true", help="print each step of a diffusion run's answer, to --ask or to one "
+        "question of each direction")
+    add("--out", default="out", help="where to look for runs to compare (default: out)")
+    add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
 
     if args.run is None:
@@ -220,38 +282,36 @@ def main():
         results = read_results(args.out)
         if not results:
             fail(f"no finished run under {args.out}/: start with python train.py --mode masked")
-        return print(compare(results))
-
-    checkpoint = load_checkpoint(Path(args.run) / "ckpt.pt")
-    settings = checkpoint["settings"]
-    corpus = make_world(settings)
-    if corpus.digest != checkpoint["digest"]:
-        fail(f"{args.run} was trained on another corpus than data.py now writes: train again, or restore data.py")
-    device, _ = pick_device(args.device)
-    dtype, _ = pick_dtype("auto", device)
-    model = make_model(settings)
-    model.load_state_dict(checkpoint["model"])
-    model.to(device)
-    mode = settings["mode"]
-
+        return print(costs(results) if args.costs else compare(results))
+    if args.costs:
+        fail("--costs compares all runs: leave the run folder out")
     if args.ask is not None and not args.ask.strip():
         fail("--ask is empty: put a question between quotes")
-    if args.ask is not None and len(encode(args.ask)) > LONGEST:
+    if args.ask and len(encode(args.ask)) > LONGEST:
         fail(f"--ask is {len(encode(args.ask)):,} tokens long: ask in at most {LONGEST}")
+
+    path = Path(args.run) / "ckpt.pt"
+    saved = load_checkpoint(path)
+    mode, dtype = saved["settings"]["mode"], saved["settings"]["dtype"]
+    device, dtype, _ = machine(args.device, dtype)
+    corpus, model = make_world(saved["settings"])
+    restore(saved, corpus, model.to(device), path)
+
     if args.show:
-        if mode != "diffusion":
+        if MODES[mode].causal:
             fail(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
-        questions = [args.ask] if args.ask else [corpus.exams[name][0][0] for name in ("forward", "backward")]
-        for question in questions:
+        for question in [args.ask] if args.ask else [corpus.exams[d][0][0] for d in DIRECTIONS]:
             tokens, starts = pad_rows([question_row(question)])
+            watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, int(starts[0]):].tolist()))
             print(question)
-            decode_diffusion(model, tokens.to(device), starts.to(device), CANVAS, MARKS,
-                             watch=lambda rows: print("   ", TOKENIZER.decode(rows[0, int(starts[0]):].tolist())))
-    elif args.ask is not None:
+            MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, watch)
+    elif args.ask:
         print(answers(model, mode, [args.ask], device, dtype)[0])
+    elif not saved["log"]:
+        fail(f"{args.run} has not come to its first exam: go on with its command and --resume")
     else:
-        before = next(line for line in checkpoint["log"] if line["stage"] == "reading")
-        print(report({"exam": exam(model, mode, corpus, device, dtype), "before": before, "chance": chance(corpus)}))
+        print(report({"exam": exam(model, mode, corpus, device, dtype), "before": saved["log"][0],
+                      "chance": chance(corpus)}))
 
 
 if __name__ == "__main__":

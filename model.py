@@ -11,7 +11,7 @@ masks. The model is not told how much of its input is masked: it can count the m
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128
 
-B rows in a batch, T tokens in a row, C channels, H heads, D = C / H channels a head, V tokens in the vocabulary.
+B rows in a batch, T tokens in a row, C channels, H heads, D = C / H channels a head, V known tokens.
 """
 from dataclasses import dataclass
 
@@ -31,13 +31,13 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 x n_head = {2 * self.n_head}, "
-                             "so that every head gets an even number of channels")
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 x n_head = {2 * self.n_head}, so "
+                             "that every head gets an even number of channels")
 
 
 def norm(x):
-    """RMSNorm without parameters, (..., C) -> (..., C)."""
-    return F.rms_norm(x, (x.size(-1),))
+    """LayerNorm without parameters, (..., C) -> (..., C)."""
+    return F.layer_norm(x, (x.size(-1),))
 
 
 def rotary(T, D, device):
@@ -49,15 +49,15 @@ def rotary(T, D, device):
 
 def rotate(x, cos, sin):
     """Turn the channel pairs (i, i + D / 2) of x (B, H, T, D) by their position's angles."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    (a, b), cos, sin = x.chunk(2, dim=-1), cos.type_as(x), sin.type_as(x)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attend(q, k, v, visible):
     """softmax(q k^T / sqrt(D)) v over the visible keys, each (B, H, T, D); `visible` None means causal.
 
-    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that is several times faster on a
-    CPU, and the fused kernel of MPS has leaked masked positions (pytorch issues 195910, 184180, 181151).
+    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that is several times faster
+    on a CPU, and the fused kernel of MPS has shown masked positions (pytorch issues 195910, 184180, 181151).
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
@@ -121,8 +121,9 @@ class Transformer(nn.Module):
         return self
 
     def trunk(self, tokens):
-        """(B, T) int64 tokens -> (B, T, C). A causal model needs no mask for padding: no real token looks right."""
-        visible = None if self.config.causal else (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T)
+        """(B, T) int64 tokens -> (B, T, C). No mask for padding if causal: it stands to the right of all."""
+        real = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T)
+        visible = None if self.config.causal else real
         rope = rotary(tokens.size(1), self.config.n_embd // self.config.n_head, tokens.device)
         x = norm(self.embed(tokens))
         for block in self.blocks:
@@ -130,6 +131,46 @@ class Transformer(nn.Module):
         return norm(x)
 
     def forward(self, tokens, at=None):
-        """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` (B, T) is true."""
+        """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` is true."""
         x = self.trunk(tokens)
         return F.linear(x if at is None else x[at], self.embed.weight)
+
+    def flops(self, B, T, scored):
+        """Floating-point operations of one training step on (B, T) rows with `scored` scored positions.
+
+        A multiplication and an addition each count one, so a C x C matrix costs 2 C^2 a token. A block has
+        12 C^2 weights and two T x C products for attention (all T keys, causal or not); then V x C logits a
+        scored position. Backward costs twice forward: three times all that.
+        """
+        C, V = self.config.n_embd, self.config.vocab_size
+        return 3 * (B * T * self.config.n_layer * (2 * 12 * C * C + 2 * 2 * T * C) + scored * 2 * V * C)
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+
+def pick_machine(device="auto", dtype="auto"):
+    """Names, or 'auto' for the best there is -> (torch.device, torch.dtype of matrix products, the reasons).
+
+    Weights stay float32 in any case. ValueError if torch cannot use the device here.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    best = next(name for name in found if found[name])
+    why = "asked for" if device != "auto" else "no GPU was found" if best == "cpu" else "a GPU was found"
+    try:
+        device = torch.zeros(1, device=best if device == "auto" else device).device
+        if device.type not in found:
+            raise RuntimeError
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {device} cannot be used here: take {best}, or auto")
+    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}[device.type]()
+    if dtype == "auto":
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype), f"{why}; bfloat16 is {'' if fast else 'not '}fast here"
+
+
+def mixed(device, dtype):
+    """The context in which a model runs: matrix products in `dtype`, everything delicate in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

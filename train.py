@@ -1,43 +1,46 @@
 """
-School, reading, exam: train one small transformer with one of three objectives and examine it in two directions.
+School, reading, exam: train one small transformer with one of three objectives, examine it both ways.
 
-    python train.py --mode masked       learns new people from documents alone, and knows them in both directions
-    python train.py --mode ar           the same model, documents and budget: it cannot say who was born in Elkton
+    python train.py --mode masked       learns new people from documents alone, knows them in both directions
+    python train.py --mode ar           the same base and documents: cannot say who was born in Elkton
     python train.py --mode diffusion    the bidirectional model that fills in masks
 
-School (--school_steps) trains a base model on known people, documents and questions. Reading (--steps) adds the
-documents of new people, never a question about them, while known people are replayed. --school_steps 0 starts
-reading from an untrained model. The objectives differ in mask and loss alone; everything here is shared:
+School (--school_steps) trains a base model on known people, documents and questions. Reading (--steps) adds
+the documents of new people, never a question about them, while known people are replayed. --school_steps 0
+starts reading from an untrained model. A mode is one row of `MODES` (diffusion.py); all else is shared:
 
-    rows, starts = batch(...)                                               clean rows
-    inputs, targets, weights = OBJECTIVES[mode](rows, starts, ...)          what is seen, what is asked
+    inputs, targets, weights = MODES[mode].objective(rows, starts, ...)     what is seen, what is asked
     loss(model, inputs, targets, weights).backward()                        one weighted cross-entropy
     optimizer.step()
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import ARMS, MARKS, WORDINGS
-from diffusion import OBJECTIVES, loss
-from eval import (answers, chance, exam, fail, load_checkpoint, make_model, make_world, mixed, pick_device, pick_dtype,
-                  report)
+from data import ARMS, MARKS
+from diffusion import MODES, loss
+from eval import answers, chance, exam, fail, load_checkpoint, machine, make_world, ranking, report, restore
+from model import mixed
 
-EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned at least twice as late (README, notes)
+EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
 WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are known (README, notes)
+NEW_SHARE = 0.6         # of the documents in reading are about new people, the rest about known ones
 EXAMS = 10              # during reading, closer together at its start
+SAVE_EVERY = 60         # seconds between two checkpoints, if no exam comes first
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high):
     """An argparse type: a number of this kind from low to high."""
     def parse(text):
         value = kind(text)
@@ -54,48 +57,61 @@ def ratio(text):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Train on generated biographies, then take the exam.")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train on generated biographies, then take the exam.")
     add = parser.add_argument_group("what is compared").add_argument
-    add("--mode", choices=OBJECTIVES, default="masked", help="the objective: next token, masked diffusion, or masked "
-        "fine-tuning of the next-token model")
-    add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of facts; five "
-        "in changing order, name first; five in changing order, name anywhere")
-    add("--mask_ratio", type=ratio, default="uniform", help="how much a row is masked: k ~ U{1..L}, a fixed share "
-        "such as .5, or the paper's U(.05, .95)")
+    add("--mode", choices=MODES, default="masked", help="next token; masked diffusion; masked fine-tuning of "
+        "the next-token model; as a control, the last with random tokens for a prompt")
+    add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of facts; "
+        "five in changing order, name first; the same, name anywhere; as controls, one text that is also read "
+        "backwards, one whose name is never masked or scored")
+    add("--mask_ratio", type=ratio, help="how much is masked: uniform (k ~ U{1..L}), a fixed share such as .5, "
+        "or paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
+    add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
-    add("--known", type=number(int, 1), default=200, help="people with questions in training; more make the skill of "
-        "answering more general, and take longer to learn")
-    add("--new", type=number(int, 1), default=100, help="people with documents alone, who are the exam")
-    add("--wordings", type=number(int, 1, 10), help="ways to word a fact; more are closer to real text and need more "
-        "people and steps; left out, 1 without paraphrases and 5 with them")
-    add("--seed", type=number(int, 0), default=0, help="people, texts, weights, batches and masks all follow from it")
+    add("--known", type=number(int, 1, 1e6), default=200, help="people with questions in training; more make "
+        "answering more general, and take longer")
+    add("--new", type=number(int, 1, 1e6), default=100, help="people with documents alone, who are the exam")
+    add("--wordings", type=number(int, 1, 10), help="ways to word a fact; more are closer to real text and "
+        "need more people and steps; left out, 5 where a person has several texts, otherwise 1")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="another number, other people, texts and weights")
     add = parser.add_argument_group("the model").add_argument
-    add("--n_layer", type=number(int, 1), default=3, help="blocks")
-    add("--n_head", type=number(int, 1), default=2, help="attention heads")
-    add("--n_embd", type=number(int, 2), default=128, help="channels; raise with --known")
+    add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks; raise for more people")
+    add("--n_head", type=number(int, 1, 1000), default=2, help="attention heads; each gets n_embd / n_head "
+        "channels, best 32 to 128")
+    add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels; raise for more people")
     add = parser.add_argument_group("training").add_argument
-    add("--school_steps", type=number(int, 0), default=500, help="steps on known people alone, before the new people")
-    add("--steps", type=number(int, 1), default=1500, help="steps of reading; raise if the loss still falls")
-    add("--batch_size", type=number(int, 4), default=64, help="rows a step; lower if out of memory")
-    add("--question_share", type=number(float, 0, 0.9), default=0.16, help="share of the rows that are questions about "
-        "known people; many are memorised and then teach nothing")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks; the "
-        "embedding always has AdamW")
-    add("--lr", type=number(float, 0), default=0.02, help="peak rate of the matrices, decaying to zero; with adamw use "
-        "about .002")
+    add("--school_steps", type=number(int, 0, 1e9), default=500, help="steps on known people; 0: all at once")
+    add("--steps", type=number(int, 1, 1e9), default=1500, help="steps of reading; raise if scores still rise")
+    add("--batch_size", type=number(int, 4, 1e6), default=64, help="rows a step; lower if out of memory")
+    add("--question_share", type=number(float, 0, 0.9), default=0.16, help="share of the rows that are "
+        "questions about known people; many are memorised and then teach nothing")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks; "
+        "the embedding always has AdamW")
+    add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; adamw wants .002")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="format of the matrix products; auto "
-        "takes bfloat16 where it is fast")
-    add("--compile", action="store_true", help="let torch.compile fuse the model; needs a compiler and a minute")
-    add("--out_dir", help="folder of this run; left out, out/MODE-PARAPHRASES-seedSEED")
-    add("--resume", action="store_true", help="go on with the run in the folder, stopped or killed before its end")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matrix products; "
+        "auto takes bfloat16 where it is fast")
+    add("--compile", action="store_true", help="let torch.compile fuse the model; needs a compiler, a minute")
+    add("--out_dir", help="folder of this run; left out, out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED")
+    add("--resume", action="store_true", help="go on with the run in the folder; start it if there is none")
     args = parser.parse_args()
+
+    if args.out_dir is None:
+        named = ("mode", "paraphrases", "seed", "device", "dtype", "compile", "out_dir", "resume")
+        changed = [k if value is True else f"{k}{value}" for k, value in vars(args).items()
+                   if k not in named and value != parser.get_default(k)]
+        args.out_dir = "out/" + "-".join([args.mode, args.paraphrases, *changed, f"seed{args.seed}"])
+    if args.mask_ratio is None:
+        args.mask_ratio = MODES[args.mode].ratio
+    if args.wordings is None:
+        args.wordings = 5 if ARMS[args.paraphrases].texts > 1 else 1
+    if not args.out_dir.strip():
+        parser.error("--out_dir is empty: name a folder")
     if args.mode == "diffusion" and args.mask_ratio == 0:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
-    if args.wordings is None:
-        args.wordings = 1 if args.paraphrases == "none" else 5
     if args.paraphrases == "same" and args.wordings == 1:
         parser.error("--paraphrases same with --wordings 1 is one text five times: use 2 wordings or more")
     if args.question_share * args.batch_size > args.batch_size - 2:
@@ -103,23 +119,66 @@ def parse_args():
     return args
 
 
-def write_atomically(path, write):
-    """Call `write(temporary path)`, then move the file into place: `path` is never half written."""
-    temporary = path.with_suffix(".tmp")
+# -----------------------------------------------------------------------------
+# The run folder: one process at a time, and no file is ever half written
+
+
+def open_folder(folder):
+    """Make the folder and lock it until this process ends, however it ends. The lock must be kept alive.
+
+    SQLite locks a file on every system, and the system lets go of it when the process is killed.
+    """
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+        return lock
+    except (OSError, sqlite3.OperationalError) as problem:
+        if "locked" in str(problem):
+            fail(f"{folder} is in use by another run: wait for it, or choose another --out_dir")
+        fail(f"{folder} cannot be written to ({problem}): choose another --out_dir")
+
+
+def write(path, folder, save, stop):
+    """Call `save(temporary path)` in the locked folder, then move the file into place, or `stop(message)`."""
+    try:
+        save(folder / "tmp")
+        path.parent.mkdir(exist_ok=True)
+        os.replace(folder / "tmp", path)
     except (OSError, RuntimeError) as problem:  # torch.save reports a full disk as a RuntimeError
-        fail(f"{path} could not be written ({str(problem).splitlines()[0]}): what stood there is intact; make room and "
-             "repeat the command with --resume")
+        stop(f"{path} could not be written ({str(problem).splitlines()[0]}): what stood there is intact; "
+             "make room and repeat the command with --resume")
+
+
+def find_start(folder, base, settings, resume):
+    """The path of the checkpoint to go on from: the run's own, else a base that fits, else None."""
+    own = folder / "ckpt.pt"
+    if not own.exists():
+        if (folder / "log.jsonl").exists():
+            fail(f"{folder} holds a log but {own} is missing: choose another --out_dir, or delete the folder")
+        return base if settings["school_steps"] and base.exists() else None
+    if not resume:
+        fail(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
+    before = load_checkpoint(own)["settings"]
+    for name, value in settings.items():
+        if before.get(name) != value:
+            fail(f"{folder} was trained with --{name} {before.get(name)}, not {value}: give the same value, "
+                 "or another --out_dir")
+    return own
+
+
+# -----------------------------------------------------------------------------
+# The parts of training
 
 
 def make_optimizers(model, name, lr):
     """Muon (or AdamW) on the matrices inside the blocks, AdamW on the embedding."""
     matrices = list(model.blocks.parameters())
-    adamw = lambda params, lr, decay: torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=decay)
-    muon = lambda params, lr, decay: torch.optim.Muon(params, lr, momentum=0.95, weight_decay=decay)
-    return [{"muon": muon, "adamw": adamw}[name](matrices, lr, WEIGHT_DECAY), adamw([model.embed.weight], EMBEDDING_LR, 0)]
+    if name == "muon":
+        blocks = torch.optim.Muon(matrices, lr, momentum=0.95, weight_decay=WEIGHT_DECAY)
+    else:
+        blocks = torch.optim.AdamW(matrices, lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    return [blocks, torch.optim.AdamW([model.embed.weight], EMBEDDING_LR, betas=(0.9, 0.95), weight_decay=0)]
 
 
 def schedule(step, steps):
@@ -128,20 +187,21 @@ def schedule(step, steps):
 
 
 def exam_steps(school_steps, steps):
-    """The steps with an exam: the end of school, the end of reading, and points between, closer at the start."""
+    """The end of school, the end of reading, and points between, closer together at the start."""
     return {school_steps + round(steps * (i / EXAMS) ** 1.5) for i in range(EXAMS + 1)}
 
 
-def batch(corpus, stage, size, question_share, generator):
+def batch(corpus, stage, args, generator):
     """Indices (B,) of rows: questions about known people, documents of everybody.
 
-    In school, documents of known people alone; in reading, half of them are those of new people. One question in
-    five is backward: a person has three times as many of those, and they are learned sooner.
+    In school, documents of known people alone; in reading, a share of them are the new people's, or with
+    --no_replay all rows are. One question in five is backward: a person has three times as many of those.
     """
-    questions = round(size * question_share)
-    backward = round(questions / 5)
-    new = 0 if stage == "school" else (size - questions) // 2
-    counts = {"known_documents": size - questions - new, "new_documents": new,
+    alone = stage == "reading" and args.no_replay
+    questions = 0 if alone else round(args.batch_size * args.question_share)
+    backward, documents = round(questions / 5), args.batch_size - questions
+    new = 0 if stage == "school" else documents if alone else round(documents * NEW_SHARE)
+    counts = {"known_documents": documents - new, "new_documents": new,
               "forward": questions - backward, "backward": backward}
     rows = {group: corpus.groups[group] for group in counts}
     return torch.cat([torch.randint(rows[group].start, rows[group].stop, (n,), generator=generator)
@@ -150,8 +210,8 @@ def batch(corpus, stage, size, question_share, generator):
 
 def describe(line, corpus, ask):
     """The scores of one exam in a line, then a known and a new question with the answer that `ask` gives."""
-    text = [f"{line['stage']} {line['step']:>5}   new: forward {line['forward']:.2f} backward {line['backward']:.2f}   "
-            f"known: forward {line['known_forward']:.2f} backward {line['known_backward']:.2f}"]
+    text = ["{stage} {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
+            "{known_forward:.2f} backward {known_backward:.2f}".format(**line)]
     for name in ("known_backward", "backward"):
         question, truth = corpus.exams[name][0]
         text.append(f"    {question} -> {ask(question)} [{truth}]")
@@ -165,113 +225,90 @@ def hardware(device):
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
-def find_start(args, settings, digest, folder, base):
-    """The checkpoint to go on from: the run's own with --resume, a base that fits, or None to start afresh."""
-    own = folder / "ckpt.pt"
-    if not args.resume:
-        if own.exists():
-            fail(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
-        return load_checkpoint(base) if args.school_steps and base.exists() else None
-    saved = load_checkpoint(own)
-    for name, value in settings.items():
-        if saved["settings"].get(name) != value:
-            fail(f"{folder} was trained with --{name} {saved['settings'].get(name)}, not {value}: give the same value, "
-                 "or another --out_dir")
-    if saved["digest"] != digest:
-        fail(f"{folder} was trained on another corpus than data.py now writes: restore data.py, or train anew")
-    return saved
+# -----------------------------------------------------------------------------
 
 
-def main():
-    args = parse_args()
-    device, why_device = pick_device(args.device)
-    dtype, why_dtype = pick_dtype(args.dtype, device)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out_dir", "resume")}
-    settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-    corpus, model = make_world(settings), make_model(settings)
-    model.initialize(torch.Generator().manual_seed(args.seed)).to(device)
+def train(args, settings, corpus, model, device, dtype, folder):
+    """School and reading in the locked run folder -> the result, as it is written there too."""
     rows, starts = corpus.rows.to(device), corpus.starts.to(device)
+    school = MODES[args.mode].school
 
-    # A base is named after everything that school depends on, so that no other run can take it by mistake.
-    folder = Path(args.out_dir or f"out/{args.mode}-{args.paraphrases}-seed{args.seed}")
-    school_mode = "diffusion" if args.mode == "diffusion" else "ar"
-    schooling = {k: v for k, v in settings.items() if k not in ("mode", "steps")}
-    schooling |= {"mode": school_mode, "mask_ratio": args.mask_ratio if school_mode == "diffusion" else None,
-                  "digest": corpus.digest, "torch": torch.__version__}
-    base = folder.parent / "bases" / f"{hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]}.pt"
+    # A base is named after all that school depends on, so that no other run can take it by mistake.
+    schooling = settings | {"mode": school, "mask_ratio": None if MODES[school].causal else args.mask_ratio,
+                            "steps": None, "no_replay": None, "digest": corpus.digest,
+                            "torch": torch.__version__}
+    digest = hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]
+    base = folder.parent / "bases" / f"{digest}.pt"
 
     # What a checkpoint holds besides weights and optimizers: where the run is, and what it has spent so far.
-    state = {"step": 0, "seconds": 0.0, "tokens": 0, "supervised": 0, "documents": 0, "loss": None, "log": []}
-    saved = find_start(args, settings, corpus.digest, folder, base)
+    state = {"step": 0, "seconds": 0.0, "documents": 0, "tokens": 0, "supervised": 0, "flops": 0,
+             "loss": None, "log": []}
+    path = find_start(folder, base, settings, args.resume)
+    saved = path and load_checkpoint(path)
     if saved:
-        model.load_state_dict(saved["model"])
+        restore(saved, corpus, model, path)
         state = {k: saved[k] for k in state}
+        print(f"going on from {path} at step {state['step']}")
     if args.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-    except OSError as problem:
-        fail(f"--out_dir {folder} cannot be made: {problem.strerror}; choose another")
-
-    print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type} ({why_device}), "
-          f"{settings['dtype']} ({why_dtype})")
-    print(f"{args.known} known and {args.new} new people, {len(corpus.groups['new_documents']) // args.new} text(s) "
-          f"each; writing to {folder}")
-    if saved:
-        print(f"going on from {folder / 'ckpt.pt' if args.resume else base} at step {state['step']}")
-
-    def save(path, **more):
-        write_atomically(path, lambda p: torch.save(
-            state | {"settings": settings, "digest": corpus.digest, "model": model.state_dict()} | more, p))
-
-    def save_run():
-        write_atomically(folder / "log.jsonl", lambda p: p.write_text(
-            "".join(json.dumps(line) + "\n" for line in state["log"]), encoding="utf-8"))
-        save(folder / "ckpt.pt", generator=generator.get_state(), optimizers=[o.state_dict() for o in optimizers])
 
     def start_stage(step):
         """Fresh optimizers and a fresh generator for each stage: a base that is reused changes nothing."""
-        optimizers = make_optimizers(model, args.optimizer, args.lr)
-        return optimizers, torch.Generator().manual_seed(2 * args.seed + (step >= args.school_steps))
+        generator = torch.Generator().manual_seed(2 * args.seed + (step >= args.school_steps))
+        return make_optimizers(model, args.optimizer, args.lr), generator
 
-    total, exams = args.school_steps + args.steps, exam_steps(args.school_steps, args.steps)
+    def stop(message):
+        """End the program with a message below the progress bar."""
+        progress.close()
+        fail(message)
+
+    def save(path, optimizers=(), generator=None):
+        write(path, folder, lambda p: torch.save(state | {
+            "settings": settings, "digest": corpus.digest, "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "generator": generator}, p), stop)
+
     optimizers, generator = start_stage(state["step"])
-    if args.resume:
+    if saved and saved["optimizers"]:
         generator.set_state(saved["generator"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
-    interrupted = []
+    interrupted, saved_at = [], time.time()
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # finish the step, then save and stop
+    total, exams = args.school_steps + args.steps, exam_steps(args.school_steps, args.steps)
     progress = tqdm(total=total, initial=state["step"], unit="step", mininterval=0.5, dynamic_ncols=True)
 
     for step in range(state["step"], total + 1):
-        stage = "school" if step < args.school_steps else "reading"
-        mode = school_mode if stage == "school" else args.mode
         state["step"] = step
+        stage, mode = ("school", school) if step < args.school_steps else ("reading", args.mode)
         if step == args.school_steps and step > 0 and not base.exists():
             save(base)
         if step == args.school_steps:
             optimizers, generator = start_stage(step)
-        if step in exams and not (state["log"] and state["log"][-1]["step"] == step):
-            line = {"stage": stage} | {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus, device, dtype)
-            state["log"].append(line)
-            progress.write(describe(line, corpus, lambda q: answers(model, mode, [q], device, dtype)[0]))
-            save_run()
+        examined = step in exams and not (state["log"] and state["log"][-1]["step"] == step)
+        if examined:
+            scores = exam(model, mode, corpus, device, dtype)
+            state["log"].append({"stage": stage} | {k: state[k] for k in state if k != "log"} | scores)
+            ask = lambda question: answers(model, mode, [question], device, dtype)[0]
+            progress.write(describe(state["log"][-1], corpus, ask))
+        if examined or interrupted or time.time() - saved_at > SAVE_EVERY:
+            lines = "".join(json.dumps(line) + "\n" for line in state["log"])
+            write(folder / "log.jsonl", folder, lambda p: p.write_text(lines, encoding="utf-8"), stop)
+            save(folder / "ckpt.pt", optimizers, generator.get_state())
+            saved_at = time.time()
         if step == total:
             break
         if interrupted:
-            save_run()
-            progress.close()
-            fail(f"stopped at step {step}, nothing is lost: repeat the command with --resume to go on")
+            stop(f"stopped at step {step}, nothing is lost: repeat the command with --resume to go on")
 
         # one step of training: all that the objectives share
-        clock, in_school = time.time(), step < args.school_steps
-        rate = schedule(step, args.school_steps) if in_school else schedule(step - args.school_steps, args.steps)
+        clock = time.time()
+        rate = (schedule(step, args.school_steps) if stage == "school" else
+                schedule(step - args.school_steps, args.steps))
         for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
             optimizer.param_groups[0]["lr"] = peak * rate
-        index = batch(corpus, stage, args.batch_size, args.question_share, generator).to(device)
-        inputs, targets, weights = OBJECTIVES[mode](rows[index], starts[index], MARKS, args.mask_ratio, generator)
+        index = batch(corpus, stage, args, generator).to(device)
+        clean = rows[index], starts[index], MARKS
+        inputs, targets, weights = MODES[mode].objective(*clean, args.mask_ratio, generator)
         with mixed(device, dtype):
             value = loss(model, inputs, targets, weights)
         value.backward()
@@ -279,24 +316,51 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-        value, tokens = value.item(), int((inputs != MARKS.pad).sum())
+        value, tokens, supervised = value.item(), int((inputs != MARKS.pad).sum()), int((weights > 0).sum())
         if not math.isfinite(value):
-            fail(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} holds the last exam's state; lower --lr")
+            stop(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} keeps the last good state, if "
+                 "one was saved; lower --lr and choose another --out_dir")
         state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
         state["seconds"] += time.time() - clock
-        state["tokens"] += tokens
-        state["supervised"] += int((weights > 0).sum())
-        state["documents"] += int((rows[index, 0] == MARKS.doc).sum())
+        for axis, spent in (("documents", int((rows[index, 0] == MARKS.doc).sum())), ("tokens", tokens),
+                            ("supervised", supervised), ("flops", model.flops(*inputs.shape, supervised))):
+            state[axis] += spent
         progress.update()
         progress.set_description(stage, refresh=False)
-        progress.set_postfix_str(f"loss {state['loss']:.3f}, {tokens / (time.time() - clock):,.0f} tokens/s", refresh=False)
+        speed = f"{tokens / (time.time() - clock):,.0f} tokens/s"
+        progress.set_postfix_str(f"loss {state['loss']:.3f}, {speed}", refresh=False)
 
     progress.close()
-    result = {"exam": state["log"][-1], "before": state["log"][0], "chance": chance(corpus), "settings": settings,
+    result = {"settings": settings, "exam": state["log"][-1], "before": state["log"][0], "log": state["log"],
+              "chance": chance(corpus), "ranking": ranking(model, args.mode, corpus, device, dtype),
               "parameters": sum(p.numel() for p in model.parameters()), "hardware": hardware(device),
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    write_atomically(folder / "result.json", lambda p: p.write_text(json.dumps(result, indent=1), encoding="utf-8"))
-    print(report(result))
+    text = json.dumps(result, indent=1)
+    write(folder / "result.json", folder, lambda p: p.write_text(text, encoding="utf-8"), stop)
+    return result
+
+
+def main():
+    args = parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
+    device, dtype, why = machine(args.device, args.dtype)
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out_dir", "resume")}
+    settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    folder, arm = Path(args.out_dir), ARMS[args.paraphrases]
+    try:
+        corpus, model = make_world(settings)
+        model.initialize(torch.Generator().manual_seed(args.seed)).to(device)
+        with contextlib.closing(open_folder(folder)):
+            print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                  f"{settings['dtype']} on {device.type} ({why})")
+            print(f"{args.known} known and {args.new} new people, {arm.texts * (1 + arm.reverse)} text(s) "
+                  f"each; writing to {folder}")
+            print(report(train(args, settings, corpus, model, device, dtype, folder)))
+    except RuntimeError as problem:
+        if "memory" not in str(problem):
+            raise
+        fail("out of memory: lower --batch_size, --n_embd, --n_layer or --known")
 
 
 if __name__ == "__main__":

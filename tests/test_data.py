@@ -10,7 +10,8 @@ from data import ARMS, ATTRIBUTES, CANVAS, MARKS, POOLS, RELATIVE, decode, encod
 
 def texts(corpus, group):
     """The decoded rows of one group of the corpus, marks left out."""
-    return [decode([i for i in corpus.rows[row].tolist() if i not in (MARKS.doc, MARKS.question, MARKS.answer)])
+    marks = MARKS.doc, MARKS.question, MARKS.answer
+    return [decode([i for i in corpus.rows[row].tolist() if i not in marks])
             for row in corpus.groups[group]]
 
 
@@ -23,11 +24,13 @@ def test_one_seed_one_world():
     """The seed decides everything; each other setting that changes the texts changes the digest too."""
     digest = lambda **kwargs: make_corpus(**{"known": 8, "new": 5, "seed": 1} | kwargs).digest
     assert digest() == digest()
-    assert len({digest(), digest(seed=2), digest(known=9), digest(paraphrases="same"), digest(wordings=2)}) == 5
+    others = dict(seed=2), dict(known=9), dict(paraphrases="same"), dict(wordings=2)
+    assert len({digest(), *(digest(**other) for other in others)}) == 5
 
 
 def test_name_words_tell_which_part_of_a_name_they_are():
-    """First, middle and last names share no word with each other or with any value, so a name is never ambiguous."""
+    """First, middle and last names share no word with each other or with any value, so a name is never
+    ambiguous."""
     pools = [data.MEN + data.WOMEN, data.MIDDLE, data.LAST, *(" ".join(POOLS[a]).split() for a in ATTRIBUTES)]
     pools = [set(pool) for pool in pools]
     assert sum(map(len, pools)) == len(set().union(*pools))
@@ -46,12 +49,13 @@ def test_a_document_tells_all_facts_and_one_name(corpus):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_only_the_permuted_arm_states_a_fact_before_the_name(arm):
-    """Text in the order attribute -> name is what would teach `ar` the backward direction; one arm has it."""
+def test_only_two_arms_state_a_fact_before_the_name(arm):
+    """Text in the order attribute -> name is what would teach `ar` the backward direction: `permuted` has it,
+    and `reversed`, which is there to show whether reading backwards is enough."""
     corpus = make_corpus(known=30, new=20, paraphrases=arm, wordings=5, seed=3)
     late = [not any(text.startswith(p.name) for p in corpus.people)
             for group in ("known_documents", "new_documents") for text in texts(corpus, group)]
-    assert any(late) == (arm == "permuted")
+    assert any(late) == (arm in ("permuted", "reversed"))
     assert not all(late)
 
 
@@ -63,6 +67,24 @@ def test_paraphrase_arms_change_order_only_where_they_say_so(arm, reordered):
     result = data.documents(person, arm, 5, rng)
     orders = {tuple(sorted(ATTRIBUTES, key=lambda a: text.index(person.facts[a]))) for text in result}
     assert len(result) == 5 and (len(orders) > 1) == reordered
+
+
+def test_reversed_texts_keep_names_and_values_whole():
+    """The second text of each pair has the words of the first in reverse order, but no name or date
+    backwards."""
+    person = data.Person("Curtis Chase Emley", "He", {a: POOLS[a][0] for a in ATTRIBUTES})
+    text, backwards = data.documents(person, "reversed", 1, random.Random(0))
+    assert text.startswith("Curtis Chase Emley was born on 1 January 1940. He comes from Akron. He went to")
+    assert backwards.endswith("went He. Akron from comes He. 1 January 1940 on born was Curtis Chase Emley.")
+    assert Counter(text.replace(".", " .").split()) == Counter(backwards.replace(".", " .").split())
+
+
+def test_a_given_name_is_never_a_target():
+    """In the `given` arm what is masked and scored starts behind the name; in all others it starts with
+    it."""
+    for arm, first in (("given", "was"), ("none", "Curtis")):
+        ids, start = data.document_row("Curtis Chase Emley was born.", data.ARMS[arm].given)
+        assert data.TOKENIZER.decode([ids[start]]) == " " + first
 
 
 def test_new_people_are_never_asked_about_in_training(corpus):
@@ -80,7 +102,8 @@ def test_a_backward_question_fits_one_person():
     asked = corpus.exams["backward"] + corpus.exams["known_backward"]
     for question, name in asked[::20]:
         fits = [p.name for p in corpus.people
-                if sum(RELATIVE[a].format(v) + end in question for a, v in p.facts.items() for end in (",", " and", "?")) == 3]
+                if sum(RELATIVE[a].format(v) + end in question
+                       for a, v in p.facts.items() for end in (",", " and", "?")) == 3]
         assert fits == [name]
 
 
@@ -94,8 +117,8 @@ def test_clues_that_fit_two_people_are_not_asked():
     assert all("majored in" in question for question, _ in questions)
 
 
-@pytest.mark.parametrize("text", ["Curtis Chase Emley was born on 2 May 1950.", "", " ", "Zoë said: 'no'\n", "日本 42x",
-                                  "<mask> <pad><end>", "  two  spaces  "])
+@pytest.mark.parametrize("text", ["Curtis Chase Emley was born on 2 May 1950.", "", " ", "Zoë said: 'no'\n",
+                                  "日本 42x", "<mask> <pad><end>", "  two  spaces  "])
 def test_any_text_survives_the_tokenizer(text):
     """decode(encode(text)) is the text, be its words known, unknown or in another script; marks stay text."""
     ids = encode(text)
@@ -117,7 +140,8 @@ def test_the_generator_writes_only_words_it_has_tokens_for(corpus):
 
 
 def test_every_answer_has_the_same_canvas(corpus):
-    """A canvas as long as its answer would tell the answer's length: all have CANVAS tokens, ends included."""
+    """A canvas as long as its answer would tell the answer's length: all have CANVAS tokens, ends
+    included."""
     for row in (*corpus.groups["forward"], *corpus.groups["backward"]):
         length = int((corpus.rows[row] != MARKS.pad).sum())
         assert length - int(corpus.starts[row]) == CANVAS

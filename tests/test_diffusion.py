@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from data import CANVAS, MARKS, decode, document_row, encode, pad_rows, question_row
-from diffusion import DECODERS, OBJECTIVES, ar, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked
+from conftest import generator
+from data import CANVAS, MARKS, TOKENIZER, decode, document_row, encode, pad_rows, question_row
+from diffusion import MODES, ar, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, noise
 from model import ModelConfig, Transformer
 
 M = MARKS
+THREE = ("ar", "diffusion", "masked")  # the objectives; the other modes are controls
 
 
 def rows(*items):
@@ -17,13 +19,8 @@ def rows(*items):
     return pad_rows([document_row(x) if isinstance(x, str) else question_row(*x) for x in items])
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def shown(ids):
     """Token ids as a teacher would write them: marks by name, words without their space."""
-    from data import TOKENIZER
     return [TOKENIZER.decode([i]).strip().strip("<>") for i in ids]
 
 
@@ -31,8 +28,8 @@ def shown(ids):
 
 
 def test_uniform_masking_hides_every_number_of_tokens_equally_often():
-    """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false alarm
-    once in 350,000 runs), and each position is hidden 3/5 of the time."""
+    """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false
+    alarm once in 350,000 runs), and each position is hidden 3/5 of the time."""
     allowed = torch.ones(20_000, 5, dtype=torch.bool)
     hidden, _ = corrupt(allowed, "uniform", generator())
     shares = hidden.sum(1).bincount(minlength=6) / len(hidden)
@@ -42,15 +39,16 @@ def test_uniform_masking_hides_every_number_of_tokens_equally_often():
 
 @pytest.mark.parametrize("t, k", [(0.0, 0), (0.01, 1), (0.5, 5), (0.75, 8), (1.0, 10)])
 def test_a_fixed_ratio_hides_its_share(t, k):
-    """round(t L) tokens of L = 10 in every row, but never none if t > 0: a row with nothing to learn is a waste."""
+    """round(t L) tokens of L = 10 in every row, but never none if t > 0: a row with nothing to learn is a
+    waste."""
     hidden, weights = corrupt(torch.ones(7, 10, dtype=torch.bool), t, generator())
     assert hidden.sum(1).tolist() == [k] * 7
     assert weights.sum(1).tolist() == pytest.approx([float(k > 0)] * 7)
 
 
 def test_the_papers_ratio_is_a_coin_for_each_token():
-    """t ~ U(.05, .95): half of the tokens on average, within 5 standard errors; the weights are 1 / (t L), so that
-    their sum in a row is 1 on average."""
+    """t ~ U(.05, .95): half of the tokens on average, within 5 standard errors; the weights are 1 / (t L), so
+    that their sum in a row is 1 on average."""
     hidden, weights = corrupt(torch.ones(20_000, 8, dtype=torch.bool), "paper", generator())
     assert abs(hidden.double().mean() - 0.5) < 5 * math.sqrt((0.9**2 / 12 + 0.25 / 8) / 20_000)
     assert abs(weights.sum(1).mean() - 1) < 0.02
@@ -81,8 +79,8 @@ def test_three_objectives_side_by_side():
     """
     tokens, starts = rows("He lives in")
     table = {}
-    for name, objective in OBJECTIVES.items():
-        inputs, targets, weights = objective(tokens, starts, M, 1.0, generator())
+    for name in THREE:
+        inputs, targets, weights = MODES[name].objective(tokens, starts, M, 1.0, generator())
         at = weights[0] > 0
         table[name] = shown(inputs[0].tolist()), shown(targets[0][at].tolist()), at.nonzero()[:, 0].tolist()
         assert weights[0][at].tolist() == pytest.approx([1 / 4] * 4)
@@ -93,17 +91,19 @@ def test_three_objectives_side_by_side():
 
 
 def test_questions_are_scored_on_the_answer_alone():
-    """`ar` and `masked` treat a question alike: loss on the answer and its ends; `diffusion` masks only there."""
+    """`ar` and `masked` treat a question alike: loss on the answer and its ends; `diffusion` masks only
+    there."""
     tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), "He lives in Oslo.")
-    for name, objective in OBJECTIVES.items():
-        inputs, targets, weights = objective(tokens, starts, M, 1.0, generator())
+    for name in THREE:
+        inputs, targets, weights = MODES[name].objective(tokens, starts, M, 1.0, generator())
         assert shown(targets[0][weights[0] > 0].tolist()) == ["Curtis", "Chase", "Emley", "end"], name
         assert weights.sum(1).tolist() == pytest.approx([1, 1])  # every row weighs the same, long or short
 
 
 def test_masked_keeps_rows_of_different_lengths_apart():
-    """Each row is built from its own document: prompt, [answer], clean copy, padding; no token of another row."""
-    tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.", ("Who lives in Oslo?", "A"))
+    """Each row is built from its own document: prompt, [answer], clean copy, padding; no token of another
+    row."""
+    tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.", ("Who?", "A"))
     inputs, targets, weights = masked(tokens, starts, M, 0.5, generator())
     for i in (0, 1):
         clean = [t for t in tokens[i].tolist() if t != M.pad]
@@ -117,8 +117,8 @@ def test_masked_keeps_rows_of_different_lengths_apart():
 
 
 def test_masked_at_ratio_one_shows_nothing_and_at_zero_everything():
-    """Ratio 1: the prompts of two documents of one length are the same, so `masked` is `ar` with a length hint.
-    Ratio 0: the prompt is the document, and copying solves it."""
+    """Ratio 1: the prompts of two documents of one length are the same, so `masked` is `ar` with a length
+    hint. Ratio 0: the prompt is the document, and copying solves it."""
     tokens, starts = rows("He lives in Oslo.", "She works for Sony.")
     inputs, _, _ = masked(tokens, starts, M, 1.0, generator())
     assert torch.equal(inputs[0, :8], inputs[1, :8])
@@ -141,7 +141,8 @@ L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4; MASK
 
 
 def toy(seed=0):
-    """Any conditional model: visible tokens (tuple, None where masked) -> log p (L, V), a random table in float64."""
+    """Any conditional model: visible tokens (tuple, None where masked) -> log p (L, V), a random table in
+    float64."""
     memory = {}
 
     def log_p(visible):
@@ -152,10 +153,19 @@ def toy(seed=0):
     return log_p
 
 
-def cross_entropy(log_p, hidden):
+def cross_entropy(log_p, hidden, x=X):
     """CE(M) = - sum over the hidden positions of log p(x_i | the visible ones)."""
-    visible = tuple(None if i in hidden else int(X[i]) for i in range(L))
-    return -sum(log_p(visible)[i, X[i]].item() for i in hidden)
+    visible = tuple(None if i in hidden else int(x[i]) for i in range(L))
+    return -sum(log_p(visible)[i, x[i]].item() for i in hidden)
+
+
+def order_nll(log_p, order, x):
+    """-log p(x) when the tokens are revealed one a step in this order."""
+    visible, nll = [None] * L, 0.0
+    for i in order:
+        nll -= log_p(tuple(visible))[i, x[i]].item()
+        visible[i] = int(x[i])
+    return nll
 
 
 def subsets(k):
@@ -163,31 +173,28 @@ def subsets(k):
 
 
 def test_four_routes_to_the_elbo():
-    """All orders enumerated; (L / k) CE over uniform k; the integral of 1/t over Bernoulli masks, which is a beta
-    function; and CE(M) / (k C(L, k)) summed over masks: one number."""
+    """All orders enumerated; (L / k) CE over uniform k; the integral of 1/t over Bernoulli masks, which is a
+    beta function; and CE(M) / (k C(L, k)) summed over masks: one number."""
     log_p = toy()
-    orders = []
-    for order in itertools.permutations(range(L)):
-        visible, nll = [None] * L, 0.0
-        for i in order:
-            nll -= log_p(tuple(visible))[i, X[i]].item()
-            visible[i] = int(X[i])
-        orders.append(nll)
+    orders = [order_nll(log_p, order, X) for order in itertools.permutations(range(L))]
     any_order = sum(orders) / len(orders)
-    uniform_k = sum(L / k * cross_entropy(log_p, m) / len(subsets(k)) for k in range(1, L + 1) for m in subsets(k)) / L
-    beta = lambda k: math.gamma(k) * math.gamma(L - k + 1) / math.gamma(L + 1)  # int_0^1 t^(k-1) (1-t)^(L-k) dt
-    integral = sum(beta(k) * cross_entropy(log_p, m) for k in range(1, L + 1) for m in subsets(k))
-    masks = sum(cross_entropy(log_p, m) / (k * math.comb(L, k)) for k in range(1, L + 1) for m in subsets(k))
+    every = [(k, m) for k in range(1, L + 1) for m in subsets(k)]
+    uniform_k = sum(L / k * cross_entropy(log_p, m) / len(subsets(k)) for k, m in every) / L
+    beta = lambda k: math.gamma(k) * math.gamma(L - k + 1) / math.gamma(L + 1)  # int t^(k-1) (1-t)^(L-k) dt
+    integral = sum(beta(k) * cross_entropy(log_p, m) for k, m in every)
+    masks = sum(cross_entropy(log_p, m) / (k * math.comb(L, k)) for k, m in every)
     assert uniform_k == pytest.approx(any_order, abs=1e-12)
     assert integral == pytest.approx(any_order, abs=1e-12)
     assert masks == pytest.approx(any_order, abs=1e-12)
 
 
 def estimate(ratio, n=40_000):
-    """Mean and standard error of the training loss of `diffusion` for the toy model, over n corruptions of X."""
+    """Mean and standard error of the training loss of `diffusion` for the toy model, over n corruptions of
+    X."""
     log_p = toy()
     marks = M._replace(pad=9, mask=4)
-    inputs, targets, weights = diffusion(X.repeat(n, 1), torch.zeros(n, dtype=torch.int64), marks, ratio, generator())
+    starts = torch.zeros(n, dtype=torch.int64)
+    inputs, targets, weights = diffusion(X.repeat(n, 1), starts, marks, ratio, generator())
     seen, which = inputs.unique(dim=0, return_inverse=True)
     tables = torch.stack([log_p(tuple(None if v == 4 else v for v in row)) for row in seen.tolist()])
     nll = -tables[which].gather(2, targets[..., None])[..., 0]
@@ -195,21 +202,22 @@ def estimate(ratio, n=40_000):
     return losses.mean().item(), losses.std().item() / math.sqrt(n)
 
 
-def elbo_per_token():
-    log_p = toy()
-    return sum(cross_entropy(log_p, m) / (k * math.comb(L, k)) for k in range(1, L + 1) for m in subsets(k)) / L
+def elbo_per_token(log_p=toy(), x=X):
+    every = [(k, m) for k in range(1, L + 1) for m in subsets(k)]
+    return sum(cross_entropy(log_p, m, x) / (k * math.comb(L, k)) for k, m in every) / L
 
 
 def test_the_training_loss_estimates_the_elbo():
-    """The mean loss of 40,000 corruptions lies within 5 standard errors of the enumerated ELBO per token (a false
-    alarm once in 1.7 million seeds; the seed is fixed)."""
+    """The mean loss of 40,000 corruptions lies within 5 standard errors of the enumerated ELBO per token (a
+    false alarm once in 1.7 million seeds; the seed is fixed)."""
     mean, error = estimate("uniform")
     assert abs(mean - elbo_per_token()) < 5 * error
 
 
 def test_the_papers_mask_ratio_is_not_the_elbo():
-    """U(.05, .95) with 1 / (t L) weights k hidden tokens by w_k = int t^(k-1) (1-t)^(L-k) dt / (.9 beta(k)), not 1.
-    At L = 60 that is .051, 1.11 and .051 for k = 1, 30, 60; and the estimator follows it, away from the ELBO."""
+    """U(.05, .95) with 1 / (t L) weights k hidden tokens by w_k = int t^(k-1) (1-t)^(L-k) dt / (.9 beta(k)),
+    not 1. At L = 60 that is .051, 1.11 and .051 for k = 1, 30, 60; and the estimator follows it, away from
+    the ELBO."""
     def w(k, length, steps=200_000):
         t = 0.05 + 0.9 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
         log_beta = math.lgamma(k) + math.lgamma(length - k + 1) - math.lgamma(length + 1)
@@ -223,11 +231,124 @@ def test_the_papers_mask_ratio_is_not_the_elbo():
     assert abs(expected - elbo_per_token()) > 0.005
 
 
+def test_the_elbo_bounds_the_likelihood():
+    """Jensen: a model that draws an order at random gives x the mean of the orders' probabilities, and the
+    ELBO is the mean of their logarithms. So -ELBO is at least -log p(x), for each of the 4^4 strings, and
+    more here."""
+    log_p = toy()
+    for x in itertools.product(range(4), repeat=L):
+        nlls = [order_nll(log_p, order, x) for order in itertools.permutations(range(L))]
+        assert L * elbo_per_token(log_p, x) > -math.log(sum(math.exp(-n) for n in nlls) / len(nlls)) + 1e-9
+
+
+def test_the_elbo_is_the_likelihood_if_all_orders_agree():
+    """Conditionals that all come from one joint distribution give the same product in any order: equality."""
+    joint = torch.rand(4, 4, 4, 4, generator=generator(), dtype=torch.float64)
+    joint /= joint.sum()
+
+    def log_p(visible):
+        """The true conditionals: what is left of the joint, summed over all but one position."""
+        part = joint
+        for i, value in enumerate(visible):
+            if value is not None:
+                part = part.index_select(i, torch.tensor([value])).expand(4, 4, 4, 4) / 4
+        sums = torch.stack([part.sum([j for j in range(L) if j != i]) for i in range(L)])
+        return (sums / sums.sum(1, keepdim=True)).log()
+    for x in itertools.product(range(4), repeat=L):
+        assert L * elbo_per_token(log_p, x) == pytest.approx(-joint[x].log().item(), abs=1e-12)
+
+
+def test_at_mask_ratio_one_the_best_loss_is_the_entropy_of_each_position():
+    """Nothing is visible, so the best a model can do is the share of each token at each position: on six
+    texts of three tokens the loss is then the mean of three entropies, and any other distribution does worse
+    (Gibbs)."""
+    tokens = torch.tensor([[10, 12, 14], [10, 12, 15], [10, 13, 14],
+                           [10, 13, 15], [11, 12, 14], [11, 12, 14]])
+    shares = torch.stack([(tokens == v).double().mean(0) for v in range(16)], dim=1)  # (T, V)
+    entropies = -torch.special.xlogy(shares, shares).sum(1)
+    two_thirds = math.log(3) - 2 / 3 * math.log(2)  # the entropy of 2/3, 1/3: all three positions have it
+    assert entropies.tolist() == pytest.approx([two_thirds] * 3)
+
+    def value(table):
+        model = lambda inputs, at: table.log().expand(len(inputs), *table.shape)[at]
+        batch = diffusion(tokens, torch.zeros(6, dtype=torch.int64), M, 1.0, generator())
+        assert (batch[0] == M.mask).all()
+        return loss(model, *batch).item()
+    assert value(shares) == pytest.approx(entropies.mean().item(), rel=1e-6)
+    for seed in range(20):
+        other = torch.rand(3, 16, generator=generator(seed), dtype=torch.float64)
+        assert value(0.9 * shares + 0.1 * other / other.sum(1, keepdim=True)) > value(shares)
+
+
+def copyist(inputs, at):
+    """A causal model that answers with the token as far behind [answer] as it stands behind [doc] in the
+    prompt."""
+    result = torch.zeros(int(at.sum()), 1100)
+    for i, (b, t) in enumerate(at.nonzero().tolist()):
+        behind = t - inputs[b].tolist().index(M.answer)
+        result[i, inputs[b, 1 + behind]] = 30.0
+    return result
+
+
+@pytest.mark.parametrize("ratio, solved", ((0.0, True), (0.5, False), (1.0, False)))
+def test_masked_at_ratio_zero_is_copying(ratio, solved):
+    """A model that copies the prompt, and has learned no fact, has a loss of zero at ratio 0 and only
+    there."""
+    batch = masked(*rows("He lives in Oslo.", "She works for Sony and lives in Rome."), M, ratio, generator())
+    assert (loss(copyist, *batch) < 1e-6) == solved
+
+
+def test_noise_has_the_shape_of_masked_and_tells_nothing():
+    """The control: the same targets and weights as `masked`, a prompt of the same length, but of random
+    words: two documents give the same prompt from the same generator, and no mark stands in it."""
+    a, starts = rows("He lives in Oslo.", "She moved to Rome.")
+    b, _ = rows("He works for Sony.", "She went to Yale.")
+    inputs, targets, weights = noise(a, starts, M, 0.5, generator())
+    as_masked = masked(a, starts, M, 0.5, generator())
+    assert torch.equal(targets[weights > 0], as_masked[1][as_masked[2] > 0])
+    assert torch.equal(weights, as_masked[2]) and torch.equal(inputs[:, 7:], as_masked[0][:, 7:])
+    limit = torch.cat((a, b)).max()  # both draw from the same words
+    a[0, 1] = b[0, 1] = limit
+    prompt = lambda rows: noise(rows, starts, M, 0.5, generator())[0][:, :7]
+    assert torch.equal(prompt(a), prompt(b)) and (prompt(a)[:, 1:] >= len(M)).all()
+
+
+def influence(model, inputs, position):
+    """(T,) how strongly the logits at one position of the first row depend on the token at each: the
+    gradient."""
+    kept = []
+
+    def keep(module, tokens, output):
+        output.retain_grad()
+        kept.append(output)
+    hook = model.embed.register_forward_hook(keep)
+    model(inputs)[0, position].square().sum().backward()
+    hook.remove()
+    return kept[0].grad[0].norm(dim=-1)
+
+
+def test_no_gradient_comes_from_the_future_or_from_a_fully_masked_document():
+    """`masked` at ratio 1: behind [answer] each output depends on every token up to itself and on none after
+    it. All it can take from the prompt comes from masks, which are the same for every document of that
+    length."""
+    model = Transformer(ModelConfig(1100, n_layer=2, n_head=2, n_embd=16)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=generator())
+    inputs, _, _ = masked(*rows("He lives in Oslo."), M, 1.0, generator())
+    other, _, _ = masked(*rows("She works for Sony."), M, 1.0, generator())
+    start = inputs[0].tolist().index(M.answer)
+    assert torch.equal(inputs[:, :start + 1], other[:, :start + 1]) and not torch.equal(inputs, other)
+    for position in range(start, inputs.size(1)):
+        strength = influence(model, inputs, position)
+        assert (strength[:position + 1] > 0).all() and (strength[position + 1:] == 0).all()
+
+
 # -- decoding ----------------------------------------------------------------
 
 
 def string_probability(log_p, x, per_step):
-    """p(x) when the most confident hidden positions are revealed `per_step` at a time, each drawn from its own p."""
+    """p(x) when the most confident hidden positions are revealed `per_step` at a time, each drawn from its
+    own p."""
     visible, p = [None] * L, 1.0
     while None in visible:
         table = log_p(tuple(visible)).exp()
@@ -261,14 +382,16 @@ def test_diffusion_fills_the_most_confident_mask_first():
         return torch.zeros(20).index_fill(0, torch.tensor(10 + t), [1.0, 3.0, 2.0][t - 1])
     seen = []
     tokens = torch.tensor([[M.question, M.end, M.end, M.end]])
-    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, M, watch=lambda x: seen.append(x[0, 1:].tolist()))
+    watch = lambda rows: seen.append(rows[0, 1:].tolist())
+    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, M, watch)
     assert seen == [[M.mask, 12, M.mask], [M.mask, 12, 13], [11, 12, 13]]
     assert out.tolist() == [[11, 12, 13]]
 
 
 def test_two_bits_that_differ_need_two_steps():
-    """XOR: each of two tokens is 10 or 11, never both the same. With both masked, 10 is a little likelier at either
-    place, so two tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11 or 11 10."""
+    """XOR: each of two tokens is 10 or 11, never both the same. With both masked, 10 is a little likelier at
+    either place, so two tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11
+    or 11 10."""
     def logits(tokens, b, t):
         other = int(tokens[b, 3 - t])  # the places are 1 and 2
         return torch.zeros(20).index_fill(0, torch.tensor(11 if other == 10 else 10), 3.0)
@@ -278,7 +401,8 @@ def test_two_bits_that_differ_need_two_steps():
 
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
 def test_a_mark_is_never_an_answer(decoder):
-    """Even a model that would answer [mask], [pad] or a question mark everywhere must answer a word or the end."""
+    """Even a model that would answer [mask], [pad] or a question mark everywhere must answer a word or the
+    end."""
     def logits(tokens, b, t):
         return torch.arange(20.0, 0, -1)  # the lower the id the likelier: all marks come first
     tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])
@@ -290,10 +414,11 @@ def test_greedy_decoding_feeds_each_token_back():
     def logits(tokens, b, t):
         return torch.zeros(20).index_fill(0, (tokens[b, t] + 1)[None], 1.0)
     tokens = torch.tensor([[4, 7, 2, 2, 2, 0], [4, 5, 12, 2, 2, 2]])
-    assert decode_ar(Scripted(logits), tokens, torch.tensor([2, 3]), 3, M).tolist() == [[8, 9, 10], [13, 14, 15]]
+    out = decode_ar(Scripted(logits), tokens, torch.tensor([2, 3]), 3, M)
+    assert out.tolist() == [[8, 9, 10], [13, 14, 15]]
 
 
-@pytest.mark.parametrize("decoder", DECODERS.values())
+@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
 def test_decoders_do_not_look_at_the_true_answer(decoder):
     """The canvas is overwritten: the same question with another answer behind it decodes to the same."""
     model = Transformer(ModelConfig(1100, n_layer=1, n_head=1, n_embd=16, causal=decoder is decode_ar))
@@ -304,9 +429,10 @@ def test_decoders_do_not_look_at_the_true_answer(decoder):
     assert torch.equal(decoder(model, a, starts, CANVAS, M), decoder(model, b, starts, CANVAS, M))
 
 
-@pytest.mark.parametrize("mode", OBJECTIVES)
+@pytest.mark.parametrize("mode", THREE)
 def test_each_objective_learns_one_batch_by_heart(mode):
-    """Trained on three questions and a document alone, the model answers exactly: loss, shift and decoder agree."""
+    """Trained on three questions and a document alone, the model answers exactly: loss, shift and decoder
+    agree."""
     pairs = [("Who lives in Oslo?", "Curtis Chase Emley"), ("Who lives in Rome?", "Alice Lane Doyle"),
              ("What is the major of Alice Lane Doyle?", "Law")]
     tokens, starts = rows(*pairs, "Curtis Chase Emley lives in Oslo.")
@@ -314,11 +440,11 @@ def test_each_objective_learns_one_batch_by_heart(mode):
     model.initialize(generator())
     optimizer, g = torch.optim.AdamW(model.parameters(), lr=5e-3), generator(1)
     for _ in range(300):
-        value = loss(model, *OBJECTIVES[mode](tokens, starts, M, "uniform", g))
+        value = loss(model, *MODES[mode].objective(tokens, starts, M, "uniform", g))
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
     asked, starts = rows(*((q, "") for q, _ in pairs))
-    out = DECODERS[mode](model, asked, starts, CANVAS, M)
+    out = MODES[mode].decode(model, asked, starts, CANVAS, M)
     assert [decode(ids) for ids in out.tolist()] == [answer for _, answer in pairs]
     assert value < 0.05

@@ -9,7 +9,8 @@ V, PAD = 11, 0
 
 
 def make(causal, seed=0):
-    """A small model in float64 with no zero matrix, so that every path from input to output carries signal."""
+    """A small model in float64 with no zero matrix, so that every path from input to output carries
+    signal."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(ModelConfig(V, n_layer=2, n_head=2, n_embd=16, causal=causal, pad=PAD)).double()
     for p in model.parameters():
@@ -33,7 +34,8 @@ def test_a_causal_model_never_sees_the_future(j):
 
 
 def test_a_bidirectional_model_sees_the_future():
-    """The same change of the last token does reach the first position: that is what filling in masks needs."""
+    """The same change of the last token does reach the first position: that is what filling in masks
+    needs."""
     model, a = make(causal=False), tokens()
     b = a.clone()
     b[:, -1] = a[:, -1] % (V - 1) + 1
@@ -71,7 +73,7 @@ def test_rotary_positions_are_relative():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 8, generator=g, dtype=torch.float64)
     cos, sin = rotary(12, 8, "cpu")
-    turned = lambda x: rotate(x.expand(1, 1, 12, 8), cos.double(), sin.double())[0, 0]  # x at every position (12, 8)
+    turned = lambda x: rotate(x.expand(1, 1, 12, 8), cos, sin)[0, 0]  # (12, 8): x at every position
     scores = turned(q) @ turned(k).T
     for distance in range(12):
         diagonal = scores.diagonal(-distance)
@@ -96,8 +98,8 @@ def test_one_seed_one_initialization():
     config = ModelConfig(V, n_layer=1, n_head=1, n_embd=8)
     a, b = (Transformer(config).initialize(torch.Generator().manual_seed(5)) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    x = F.rms_norm(a.embed(tokens()), (8,))
-    torch.testing.assert_close(a.trunk(tokens()), F.rms_norm(x, (8,)))
+    x = F.layer_norm(a.embed(tokens()), (8,))
+    torch.testing.assert_close(a.trunk(tokens()), F.layer_norm(x, (8,)))
 
 
 def test_sizes_that_do_not_divide_are_an_error():

@@ -1,0 +1,186 @@
+"""Scores that can be trusted: exact match, ROUGE, likelihood ranks, chance, costs and the tables of them."""
+import itertools
+import math
+import random
+import re
+
+import pytest
+import torch
+
+import eval as evaluation
+from conftest import generator
+from data import ATTRIBUTES, CANVAS, MARKS, TOKENIZER, decode, make_corpus, pad_rows, question_row
+from diffusion import MODES, likelihood_ar, likelihood_diffusion
+from model import ModelConfig, Transformer
+
+CPU = torch.device("cpu"), torch.float32
+CORPUS = make_corpus(known=6, new=5, wordings=1, seed=0)
+
+
+def untrained(causal, V=TOKENIZER.n_vocab):
+    """A model with opinions: random weights, none of them zero."""
+    model = Transformer(ModelConfig(V, n_layer=1, n_head=1, n_embd=16, causal=causal))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5, generator=generator())
+    return model
+
+
+class Oracle:
+    """Stands for a model: `decode` and `likelihood` of a Mode that has read the exam's answers."""
+
+    def __init__(self, corpus, right):
+        self.truth = {q: a for pairs in corpus.exams.values() for q, a in pairs}
+        self.right = right  # question -> does it know the answer?
+
+    def decode(self, model, tokens, starts, canvas, marks):
+        texts = [decode(row[1:start - 1]) for row, start in zip(tokens.tolist(), starts.tolist())]
+        given = [self.truth[text] if self.right(text) else "" for text in texts]
+        return pad_rows([question_row("", answer) for answer in given])[0][:, -canvas:]
+
+
+@pytest.mark.parametrize("mode", ("ar", "diffusion"))
+def test_neither_batch_size_nor_order_changes_an_answer(mode):
+    """All questions of an exam, alone, seven at a time, at once, and shuffled: the same answer to each."""
+    model = untrained(MODES[mode].causal)
+    questions = [q for pairs in CORPUS.exams.values() for q, _ in pairs]
+    at_once = evaluation.answers(model, mode, questions, *CPU)
+    assert len(set(at_once)) > 1
+    for batch in (1, 7):
+        assert evaluation.answers(model, mode, questions, *CPU, batch=batch) == at_once
+    order = random.Random(0).sample(range(len(questions)), len(questions))
+    shuffled = evaluation.answers(model, mode, [questions[i] for i in order], *CPU)
+    assert shuffled == [at_once[i] for i in order]
+
+
+def test_exact_match_counts_whole_answers(monkeypatch):
+    """A model that knows all majors and the answers to every second backward question: 1/6 and about 1/2, the
+    attribute named; and nothing about known people."""
+    half = {q for q, _ in CORPUS.exams["backward"][::2]}
+    oracle = Oracle(CORPUS, lambda q: q in half or "the major of" in q and q in dict(CORPUS.exams["forward"]))
+    monkeypatch.setitem(MODES, "ar", oracle)
+    scores = evaluation.exam(None, "ar", CORPUS, *CPU)
+    assert scores["forward"] == pytest.approx(1 / 6) and scores["backward"] == 0.5
+    assert scores["forward_by_attribute"] == {a: float(a == "major") for a in ATTRIBUTES}
+    assert scores["known_forward"] == scores["known_backward"] == 0
+
+
+def test_rouge_rewards_parts_of_an_answer():
+    """The share of the true words that are given, each counted once: by hand."""
+    assert evaluation.rouge("Curtis Lane Emley", "Curtis Chase Emley") == pytest.approx(2 / 3)
+    assert evaluation.rouge("Emley Emley Emley", "Curtis Chase Emley") == pytest.approx(1 / 3)
+    assert evaluation.rouge("", "Oslo") == 0 and evaluation.rouge("Rome Oslo", "Oslo") == 1
+
+
+@pytest.mark.parametrize("likelihood, causal", ((likelihood_ar, True), (likelihood_diffusion, False)))
+def test_the_likelihoods_of_all_answers_sum_to_one(likelihood, causal):
+    """All answers on a canvas of two, V = 9, enumerated: both modes give a proper distribution."""
+    model = untrained(causal, V=9)
+    every = torch.tensor(list(itertools.product(range(1, 9), repeat=2)))  # pad left out: it is no text
+    rows = torch.cat((torch.tensor([[4, 6, 7, 5]]).expand(len(every), 4), every), dim=1)
+    p = likelihood(model, rows, torch.full((len(rows),), 4), MARKS).double().exp()
+    with torch.no_grad():
+        if causal:  # p(first is no pad) x p(second is no pad | first), from the logits themselves
+            first = model(rows)[:, 3].softmax(-1)
+            second = model(rows)[:, 4].softmax(-1)
+        else:
+            two, one = rows.clone(), rows.clone()
+            two[:, 4:], one[:, 5] = MARKS.mask, MARKS.mask
+            first, second = model(two)[:, 4].softmax(-1), model(one)[:, 5].softmax(-1)
+    by_hand = first.gather(1, every[:, :1])[:, 0] * second.gather(1, every[:, 1:])[:, 0]
+    torch.testing.assert_close(p, by_hand.double(), rtol=1e-4, atol=1e-8)
+    pad = first[0, 0] + (first[0, 1:] * second[::8, 0]).sum()  # what the answers with a pad token would have
+    assert (p.sum() + pad).item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ("ar", "diffusion"))
+def test_ranks_are_those_of_brute_force(mode):
+    """Every candidate of every question scored one by one, in a row of its own: the same MRR and share
+    first."""
+    model = untrained(MODES[mode].causal)
+    result = evaluation.ranking(model, mode, CORPUS, *CPU, asked=1000)
+    for direction in ("forward", "backward"):
+        ranks, sizes = [], []
+        for i, (question, truth) in enumerate(CORPUS.exams[direction]):
+            kind = lambda q: q.split(" of ")[0] if direction == "forward" else ""
+            same_kind = [a for q, a in CORPUS.exams[direction] if kind(q) == kind(question)]
+            score = {}
+            for answer in set(same_kind):
+                tokens, starts = pad_rows([question_row(question, answer)])
+                score[answer] = MODES[mode].likelihood(model, tokens, starts, MARKS).item()
+            ranks.append(1 + sum(value > score[truth] for value in score.values()))
+            sizes.append(len(score))
+        n = len(ranks)
+        assert result[direction]["mrr"] == pytest.approx(sum(1 / r for r in ranks) / n)
+        assert result[direction]["first"] == pytest.approx(ranks.count(1) / n)
+        assert result[direction]["chance_first"] == pytest.approx(sum(1 / s for s in sizes) / n)
+        harmonic = [sum(1 / r for r in range(1, s + 1)) / s for s in sizes]
+        assert result[direction]["chance_mrr"] == pytest.approx(sum(harmonic) / n)
+
+
+def test_a_model_that_prefers_nothing_ranks_at_the_middle(monkeypatch):
+    """Equal likelihoods share their ranks: five names, all as likely, rank 3 each and never first."""
+    mode = MODES["ar"]._replace(likelihood=lambda model, tokens, *_: torch.zeros(len(tokens)))
+    monkeypatch.setitem(MODES, "ar", mode)
+    result = evaluation.ranking(None, "ar", CORPUS, *CPU)["backward"]
+    assert result["first"] == 0 and result["mrr"] == pytest.approx(1 / 3)
+
+
+def test_chance_and_the_majority_answer_are_computed():
+    """Chance: 1/20160 for birth dates, 1/50 for the rest, 1/11 for names. Naming one of 5 new people for
+    ever, who have four questions each: 1/5."""
+    chance = evaluation.chance(CORPUS)
+    assert chance["forward"] == pytest.approx((1 / (28 * 12 * 60) + 5 / 50) / 6)
+    assert chance["backward"] == pytest.approx(1 / 11) and chance["majority_backward"] == pytest.approx(1 / 5)
+    same = CORPUS._replace(exams={"forward": [("?", "Oslo")] * 6, "backward": [("?", "A")]})
+    assert evaluation.chance(same)["majority_forward"] == 1
+
+
+def test_costs_are_read_off_a_straight_line():
+    """Score 0 at 100 documents, .4 at 300, .8 at 500: .5 is reached 250 documents after the first exam, 95 %
+    of .8 at 380, .9 never; a score that is reached at the first exam costs nothing."""
+    log = [{"documents": d, "forward": f} for d, f in ((100, 0.0), (300, 0.4), (500, 0.8))]
+    cost = lambda goal: evaluation.cost(log, "documents", "forward", goal)
+    assert cost(0.5) == pytest.approx(250) and cost(0.95 * 0.8) == pytest.approx(380)
+    assert cost(0.9) is None and cost(0.0) == 0
+    assert evaluation.cost([{"documents": 100, "forward": 0.7}], "documents", "forward", 0.5) == 0
+
+
+def result(mode, seed, score, **settings):
+    """A result.json with the same score everywhere."""
+    exam = dict.fromkeys(("forward", "backward", "known_forward", "known_backward"), score)
+    log = [{axis: 10 * i for axis in evaluation.AXES} | dict.fromkeys(("forward", "backward"), i * score)
+           for i in (0, 1)]
+    chance = dict.fromkeys(("forward", "backward", "majority_forward", "majority_backward"), 0.01)
+    settings = {"mode": mode, "paraphrases": "none", "seed": seed, "lr": 0.02} | settings
+    return {"settings": settings, "log": log, "before": exam, "exam": exam | {"rouge": exam},
+            "chance": chance, "ranking": dict.fromkeys(("forward", "backward"), {"first": score})}
+
+
+def test_seeds_are_averaged_with_their_spread():
+    """Two seeds with .4 and .6: mean .50, standard deviation .14 by hand; another mode is a row of its
+    own."""
+    runs = result("ar", 0, 0.4), result("ar", 1, 0.6), result("masked", 0, 0.9)
+    table = evaluation.compare(runs).splitlines()
+    assert re.match(r"ar +none +2 +0\.500 ±0\.141", table[1])
+    assert re.match(r"masked +none +1 +0\.900 ", table[2])
+    assert "lr" not in table[0] and "chance: forward 0.010" in "\n".join(table)
+
+
+def test_settings_that_differ_are_rows_with_a_column_of_their_own():
+    """Runs are never averaged over anything but seed and machine; the flag that differs is shown."""
+    runs = result("ar", 0, 0.4, lr=0.01), result("ar", 0, 0.6), result("ar", 1, 0.6, device="mps")
+    lines = evaluation.compare(runs).splitlines()
+    assert "lr" in lines[0] and "0.01" in lines[1] and re.search(r"0\.02 +2 +0\.600 ±0\.000", lines[2])
+
+
+def test_costs_have_a_row_for_each_axis():
+    """Documents, tokens, supervised tokens and FLOPs: 10 spent to reach .8, so 6.25 to .5 and 9.5 to 95 %."""
+    lines = evaluation.costs([result("masked", 0, 0.8)]).splitlines()
+    assert [line.split()[2] for line in lines[1:]] == ["documents", "tokens", "supervised", "flops"]
+    assert lines[1].split()[-4:] == ["0.01"] * 4  # thousands of documents
+    assert math.isclose(evaluation.cost(result("masked", 0, 0.8)["log"], "flops", "forward", 0.5), 6.25)
+
+
+def test_bars():
+    """Ten cells, filled to the share."""
+    assert [evaluation.bar(share, 4) for share in (0, 0.5, 1)] == ["····", "██··", "████"]

@@ -1,0 +1,257 @@
+"""What goes wrong at other people's desks: killed runs, full disks, damaged files, slips of the keyboard. No
+work may be lost, no file overwritten, and every refusal is one line that names the culprit and the remedy."""
+import math
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from conftest import ROOT, TINY, assert_same_run, call, refusal, stop_after, tiny
+from diffusion import loss
+from model import Transformer
+
+CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); import train; print('ready', flush=True); " \
+        "train.main()"
+
+
+def child(code, *arguments):
+    """train.py in a process of its own, at the moment when it has imported everything and starts."""
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), *arguments], encoding="utf-8",
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_twenty_kills_cost_no_result():
+    """Killed 20 times at random moments, in the middle of whatever it does, and resumed each time, a run ends
+    with the log and the weights of an unbroken one, bit for bit."""
+    flags = [*TINY, "--steps", "200", "--school_steps", "30", "--resume"]
+    call(train, *flags, "--out_dir", "a/run")
+    moments, steps = random.Random(0), []
+    for _ in range(20):
+        process = child(CHILD, *flags, "--out_dir", "b/run")
+        time.sleep(moments.uniform(0, 0.6))
+        process.kill()
+        process.communicate()
+        if Path("b/run/ckpt.pt").exists():
+            steps.append(torch.load("b/run/ckpt.pt", weights_only=True)["step"])
+    assert steps == sorted(steps)  # nothing that was saved is ever lost
+    call(train, *flags, "--out_dir", "b/run")
+    assert_same_run("a/run", "b/run")
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
+    """A real limit on file sizes stands for the full disk: one line, exit code 2, and once there is room the
+    run goes on from the checkpoint that stood there to the end of an unbroken one."""
+    pytest.importorskip("resource", reason="this system cannot limit the size of files")
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+    tiny(train, folder="a/run")
+    stop_after(7, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        tiny(train, folder="b/run")
+    before = Path("b/run/ckpt.pt").read_bytes()
+    process = child(limit + CHILD, *TINY, "--out_dir", "b/run", "--resume")
+    _, error = process.communicate()
+    last = error.strip().splitlines()[-1]
+    assert process.returncode == 2 and "ckpt.pt could not be written" in last and "--resume" in last
+    assert Path("b/run/ckpt.pt").read_bytes() == before
+    tiny(train, "--resume", folder="b/run")
+    assert_same_run("a/run", "b/run")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(capfd):
+    """The first one holds a lock that the system lets go of however the process ends."""
+    lock = train.open_folder(Path("out/run"))
+    assert "in use" in refusal(capfd, train, *TINY, "--out_dir", "out/run")
+    lock.close()
+    tiny(train)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, capfd):
+    """Because a file stands in the way, or because the system forbids it."""
+    Path("file").write_text("a file", encoding="utf-8")
+    assert "file" in refusal(capfd, train, *TINY, "--out_dir", "file/run")
+    assert "file" in refusal(capfd, train, *TINY, "--out_dir", "file")
+
+    def forbid(*_, **__):
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+    monkeypatch.setattr(sqlite3, "connect", forbid)
+    assert "readonly" in refusal(capfd, train, *TINY, "--out_dir", "out/run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capfd):
+    """With the step, the last good checkpoint and what to try, before the broken weights are saved."""
+    steps = iter(range(10))
+    monkeypatch.setattr(train, "loss", lambda *a: loss(*a) * (math.nan if next(steps) == 7 else 1))
+    with pytest.raises(SystemExit) as stop:
+        tiny(train)
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "at step 7" in last and "ckpt.pt" in last and "--lr" in last
+    saved = torch.load("out/run/ckpt.pt", weights_only=True)
+    assert saved["step"] <= 7 and all(torch.isfinite(w).all() for w in saved["model"].values())
+
+
+def test_too_little_memory_is_said_in_one_line(monkeypatch, capfd):
+    """PyTorch's error is a RuntimeError with a stack of C++; the remedy is what a person needs."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    monkeypatch.setattr(Transformer, "initialize", full)
+    assert "--batch_size" in refusal(capfd, train, *TINY)
+
+
+# -- slips of the keyboard ---------------------------------------------------
+
+TRAIN = """
+--mode gpt | --mode AR | --mode | --paraphrases many | --paraphrases None | --mask_ratio 1.5
+--mask_ratio -.1 | --mask_ratio half | --mask_ratio nan | --mask_ratio inf | --mask_ratio Uniform | --known 0
+--known -5
+--known many | --known 1.5 | --known 900000 | --new 0 | --new -3 | --new 1e3 | --wordings 0 | --wordings 11
+--wordings two | --seed -1 | --seed x | --seed 99999999999999999999 | --n_layer 0 | --n_layer -2
+--n_layer 2.5 | --n_head 0 | --n_head 3 | --n_head 64 | --n_embd 1 | --n_embd 12.5 | --n_embd 17
+--n_embd 99999999 | --steps 0 | --steps -1 | --steps 1e3 | --school_steps -1 | --school_steps all
+--batch_size 1 | --batch_size 0 | --batch_size 8.0 | --question_share 1 | --question_share -1
+--question_share some | --lr -1 | --lr nan | --lr inf | --lr high | --optimizer sgd | --optimizer Muon
+--device abacus | --device cuda:99 | --device meta | --device | --dtype int8 | --dtype float16
+--learning_rate 1 | --mask .5 | --out_dir
+"""
+BAD = [(train, flags.split(), flags.split()[0]) for flags in TRAIN.strip().replace("\n", " | ").split(" | ")]
+BAD += [
+    (train, ["extra"], "extra"), (train, ["--out_dir", ""], "--out_dir"),
+    (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
+    (train, ["--paraphrases", "same", "--wordings", "1"], "--wordings"),
+    (train, ["--question_share", ".9", "--batch_size", "4"], "--question_share"),
+    (evaluation, [], "train.py"), (evaluation, ["--costs"], "train.py"), (evaluation, ["out/no"], "missing"),
+    (evaluation, ["--out", "nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "run folder"),
+    (evaluation, ["--show"], "run folder"), (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "b"),
+    (data, ["--seed", "x"], "--seed"), (data, ["--people", "3"], "--people"),
+]
+
+
+@pytest.mark.parametrize("module, flags, culprit", BAD, ids=[f"{m.__name__}{f}" for m, f, _ in BAD])
+def test_a_bad_command_ends_in_one_line(module, flags, culprit, capfd):
+    """Exit code 2, one line that names the culprit, and nothing written."""
+    assert culprit in refusal(capfd, module, *(TINY if module is train else []), *flags)
+    assert not Path("out").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run of `masked` and one of `diffusion`, to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for mode in ("masked", "diffusion"):
+            tiny(train, "--mode", mode, folder=f"out/{mode}")
+    return folder
+
+
+@pytest.fixture
+def runs(trained):
+    """Those runs in the test's own folder."""
+    shutil.copytree(trained / "out", "out")
+
+
+@pytest.mark.parametrize("flags", (
+    ["--lr", ".01"], ["--seed", "1"], ["--known", "7"], ["--steps", "7"], ["--mode", "ar"],
+    ["--n_embd", "32"], ["--dtype", "bfloat16"], ["--mask_ratio", ".5"], ["--paraphrases", "given"],
+    ["--compile"], ["--no_replay"], ["--optimizer", "adamw"]), ids=" ".join)
+def test_settings_that_contradict_a_checkpoint_are_refused(flags, runs, capfd):
+    """Named in one line, with the run left as it was; nor does a run without --resume overwrite it."""
+    before = Path("out/masked/ckpt.pt").read_bytes()
+    assert flags[0] in refusal(capfd, train, *TINY, "--out_dir", "out/masked", "--resume", *flags)
+    assert "--resume" in refusal(capfd, train, *TINY, "--out_dir", "out/masked")
+    assert Path("out/masked/ckpt.pt").read_bytes() == before
+
+
+class Attack:
+    """Unpickling this would create a file."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def change(**values):
+    return lambda path: torch.save(torch.load(path, weights_only=True) | values, path)
+
+
+DAMAGES = {
+    "missing": Path.unlink, "empty": lambda path: path.write_bytes(b""), "cut short": halve,
+    "random bytes": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "other contents": lambda path: torch.save([1, 2], path),
+    "another version": lambda path: torch.save({"settings": {}, "model": {}}, path),
+    "code": lambda path: torch.save(Attack(), path), "other weights": change(model={}),
+    "other corpus": change(digest="0"), "no settings": change(settings={}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_ends_in_one_line(damage, runs, capfd):
+    """Named in one line by both scripts; a file that tries to run code is not run."""
+    DAMAGES[damage](Path("out/masked/ckpt.pt"))
+    for refused in (refusal(capfd, evaluation, "out/masked"),
+                    refusal(capfd, train, *TINY, "--out_dir", "out/masked", "--resume")):
+        assert "masked" in refused or "--n_embd" in refused
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("damage", ("empty", "cut short", "random bytes", "another version", "code",
+                                    "other weights"))
+def test_a_damaged_base_ends_in_one_line(damage, runs, capfd):
+    """A base is a checkpoint too, and never silently trained anew."""
+    for base in Path("out/bases").iterdir():
+        DAMAGES[damage](base)
+    assert "bases" in refusal(capfd, train, *TINY, "--out_dir", "out/again")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", (b"", b'{"settings"', b"[]", b"{}", b"null", b"\xff\xfe", b'{"exam": 1}'))
+def test_a_damaged_result_ends_in_one_line(content, runs, capfd):
+    """The comparison names the file instead of leaving the run out."""
+    Path("out/masked/result.json").write_bytes(content)
+    assert "result.json" in refusal(capfd, evaluation)
+    assert "result.json" in refusal(capfd, evaluation, "--costs")
+
+
+@pytest.mark.parametrize("question", ("", "  ", "\n\t", "who " * 5000, "谁" * 500))
+def test_a_question_with_nothing_or_too_much_in_it_is_refused(question, runs, capfd):
+    """Empty, blank, thousands of words, or a few hundred characters that are 1,500 tokens of bytes."""
+    assert "--ask" in refusal(capfd, evaluation, "out/masked", "--ask", question)
+
+
+@pytest.mark.parametrize("question", ("¿Quién?", "谁住在罗马", "<mask><end>", "a\nb", "☃ 'q' \\ ", "x" * 99))
+@pytest.mark.parametrize("mode", ("masked", "diffusion"))
+def test_any_other_question_is_answered(question, mode, runs, capsys):
+    """Other scripts, quotes, and words that look like special tokens, which stay text."""
+    call(evaluation, f"out/{mode}", "--ask", question)
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_eval_says_what_does_not_go_together(runs, capfd):
+    """A causal run has no masks to show; costs are of all runs; a device that is not there."""
+    assert "diffusion" in refusal(capfd, evaluation, "out/masked", "--show")
+    assert "--costs" in refusal(capfd, evaluation, "out/masked", "--costs")
+    assert "--device" in refusal(capfd, evaluation, "out/masked", "--device", "abacus")
+
+
+def test_a_run_without_an_exam_is_not_examined(runs, capfd):
+    """Stopped in school: there is nothing yet to compare with."""
+    change(log=[])(Path("out/masked/ckpt.pt"))
+    assert "--resume" in refusal(capfd, evaluation, "out/masked")
