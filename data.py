@@ -7,14 +7,13 @@ A person is a name and six attributes. A document states the name once, then onl
 
 The two directions of the exam, about the same six facts:
 
-    forward    name -> attribute        What is the birth city of Curtis Chase Emley?  ->  Elkton
-    backward   attributes -> name       Who was born in Elkton, studied at Princeton and works for Intel?
-                                        ->  Curtis Chase Emley
+    forward    What is the birth city of Curtis Chase Emley?                          Elkton
+    backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
 
 *Known* people have documents and questions in training. *New* people have documents alone: their questions
-are the exam. Everything below follows from one seed.
+are the exam. Everything follows from one seed.
 
-    python data.py            print a person, the documents of each arm, the questions, the tokens of a text
+    python data.py            print a person, the documents of each arm, the questions, the tokens of one
 """
 import argparse
 import hashlib
@@ -121,6 +120,11 @@ ARMS = {"none": Arm(), "same": Arm(texts=5), "shuffled": Arm(texts=5, reorder=Tr
         "permuted": Arm(texts=5, reorder=True, late=True),
         "reversed": Arm(reverse=True), "given": Arm(given=True)}
 
+
+def flat(lists):
+    return [x for one in lists for x in one]
+
+
 # -----------------------------------------------------------------------------
 # People, documents, questions: plain text
 
@@ -168,7 +172,7 @@ def documents(person, arm, wordings, rng):
 
 
 def forward_questions(person):
-    """[(question, answer)], one an attribute, in the order of ATTRIBUTES."""
+    """[(question, value)], one an attribute, in the order of ATTRIBUTES."""
     return [(f"What is the {a} of {person.name}?", person.facts[a]) for a in ATTRIBUTES]
 
 
@@ -179,12 +183,9 @@ def clues(person):
 
 def backward_questions(person, population):
     """[(question, name)] for the triples of facts that fit nobody else; `population` counts everybody's."""
-    result = []
-    for triple in clues(person):
-        if population[triple] == 1:
-            a, b, c = (RELATIVE[attribute].format(value) for attribute, value in triple)
-            result.append((f"Who {a}, {b} and {c}?", person.name))
-    return result
+    told = [[RELATIVE[attribute].format(value) for attribute, value in triple]
+            for triple in clues(person) if population[triple] == 1]
+    return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in told]
 
 
 # -----------------------------------------------------------------------------
@@ -209,9 +210,9 @@ CANVAS = 4                    # tokens of every answer: up to three words, then 
 
 def words():
     """All words that the generator can write, sorted: the vocabulary does not depend on the seed."""
-    text = MEN + WOMEN + MIDDLE + LAST + [value for pool in POOLS.values() for value in pool] + list(POOLS)
-    text += [wording for wordings in WORDINGS.values() for wording in wordings] + list(RELATIVE.values())
-    return sorted(set(re.findall(r"\w+", " ".join(text + ["He She What is the of Who and"]))))
+    names, values, told = MEN + WOMEN + MIDDLE + LAST, flat(POOLS.values()), flat(WORDINGS.values())
+    asked = [*POOLS, *RELATIVE.values(), "What is the of Who and"]
+    return sorted(set(re.findall(r"\w+", " ".join([*names, *values, *told, *asked, "He She"]))))
 
 
 def make_tokenizer():
@@ -288,7 +289,6 @@ def make_corpus(known, new, paraphrases="none", wordings=5, seed=0, asked=4):
     forward = [forward_questions(person) for person in people]
     backward = [backward_questions(person, population) for person in people]
     few = [rng.sample(questions, min(asked, len(questions))) for questions in backward]
-    flat = lambda lists: [x for one in lists for x in one]
 
     rows, groups = [], {}
     for group, more in {"known_documents": flat(texts[:known]), "new_documents": flat(texts[known:]),
@@ -307,14 +307,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another number, another person (default: 0)")
     rng = random.Random(parser.parse_args().seed)
     person = make_people(1, rng)[0]
-    questions = backward_questions(person, Counter(clues(person)))
+    backward = backward_questions(person, Counter(clues(person)))
     show = lambda title, lines: print(title, *lines, sep="\n    ", end="\n\n")
-    show(person.name, (f"{a:<11} {value}" for a, value in person.facts.items()))
+    show(person.name, (f"{attribute:<11} {value}" for attribute, value in person.facts.items()))
     for arm in ARMS:
         show(f"--paraphrases {arm}", documents(person, arm, 5, rng))
-    show("forward", (f"{q} -> {a}" for q, a in forward_questions(person)))
-    show(f"backward (3 of {len(questions)})", (f"{q} -> {a}" for q, a in questions[:3]))
-    show("tokens of the first", (f"{i:>4} {TOKENIZER.decode([i])!r}" for i in question_row(*questions[0])[0]))
+    show("questions", (f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]))
+    show("tokens of the last", (f"{i:>4} {TOKENIZER.decode([i])!r}" for i in question_row(*backward[2])[0]))
 
 
 if __name__ == "__main__":

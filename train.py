@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from data import ARMS, MARKS
 from diffusion import MODES, loss
-from eval import answers, chance, exam, fail, load_checkpoint, machine, make_world, ranking, report, restore
+from eval import (AXES, answers, chance, exam, fail, load_checkpoint, machine, make_world, ranking, report,
+                  restore)
 from model import mixed
 
 EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
@@ -38,6 +39,10 @@ WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are k
 NEW_SHARE = 0.6         # of the documents in reading are about new people, the rest about known ones
 EXAMS = 10              # during reading, closer together at its start
 SAVE_EVERY = 60         # seconds between two checkpoints, if no exam comes first
+
+
+class Stop(Exception):
+    """The run ends here, with a message for the person who started it."""
 
 
 def number(kind, low, high):
@@ -63,11 +68,11 @@ def parse_args():
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help="next token; masked diffusion; masked fine-tuning of "
         "the next-token model; as a control, the last with random tokens for a prompt")
-    add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of facts; "
-        "five in changing order, name first; the same, name anywhere; as controls, one text that is also read "
-        "backwards, one whose name is never masked or scored")
-    add("--mask_ratio", type=ratio, help="how much is masked: uniform (k ~ U{1..L}), a fixed share such as .5, "
-        "or paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
+    add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of "
+        "facts; five in changing order, name first; the same, name anywhere; as controls, one text that is "
+        "also read backwards, one whose name is never masked or scored")
+    add("--mask_ratio", type=ratio, help="how much is masked: uniform (k ~ U{1..L}), a fixed share such "
+        "as .5, or paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
     add("--known", type=number(int, 1, 1e6), default=200, help="people with questions in training; more make "
@@ -75,7 +80,7 @@ def parse_args():
     add("--new", type=number(int, 1, 1e6), default=100, help="people with documents alone, who are the exam")
     add("--wordings", type=number(int, 1, 10), help="ways to word a fact; more are closer to real text and "
         "need more people and steps; left out, 5 where a person has several texts, otherwise 1")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="another number, other people, texts and weights")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="another number, another world and model")
     add = parser.add_argument_group("the model").add_argument
     add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks; raise for more people")
     add("--n_head", type=number(int, 1, 1000), default=2, help="attention heads; each gets n_embd / n_head "
@@ -83,7 +88,7 @@ def parse_args():
     add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels; raise for more people")
     add = parser.add_argument_group("training").add_argument
     add("--school_steps", type=number(int, 0, 1e9), default=500, help="steps on known people; 0: all at once")
-    add("--steps", type=number(int, 1, 1e9), default=1500, help="steps of reading; raise if scores still rise")
+    add("--steps", type=number(int, 1, 1e9), default=1500, help="steps of reading; raise if scores rise")
     add("--batch_size", type=number(int, 4, 1e6), default=64, help="rows a step; lower if out of memory")
     add("--question_share", type=number(float, 0, 0.9), default=0.16, help="share of the rows that are "
         "questions about known people; many are memorised and then teach nothing")
@@ -110,7 +115,7 @@ def parse_args():
         args.wordings = 5 if ARMS[args.paraphrases].texts > 1 else 1
     if not args.out_dir.strip():
         parser.error("--out_dir is empty: name a folder")
-    if args.mode == "diffusion" and args.mask_ratio == 0:
+    if args.mask_ratio == 0 and not MODES[args.mode].causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
     if args.paraphrases == "same" and args.wordings == 1:
         parser.error("--paraphrases same with --wordings 1 is one text five times: use 2 wordings or more")
@@ -139,15 +144,16 @@ def open_folder(folder):
         fail(f"{folder} cannot be written to ({problem}): choose another --out_dir")
 
 
-def write(path, folder, save, stop):
-    """Call `save(temporary path)` in the locked folder, then move the file into place, or `stop(message)`."""
+def write(path, folder, save):
+    """Call `save(temporary path)` in the locked run folder, then move the file into place."""
     try:
         save(folder / "tmp")
         path.parent.mkdir(exist_ok=True)
         os.replace(folder / "tmp", path)
     except (OSError, RuntimeError) as problem:  # torch.save reports a full disk as a RuntimeError
-        stop(f"{path} could not be written ({str(problem).splitlines()[0]}): what stood there is intact; "
-             "make room and repeat the command with --resume")
+        why = str(problem).splitlines()[0]
+        raise Stop(f"{path} could not be written ({why}): what stood there is intact; make room and repeat the "
+                   "command with --resume")
 
 
 def find_start(folder, base, settings, resume):
@@ -208,21 +214,20 @@ def batch(corpus, stage, args, generator):
                       for group, n in counts.items()])
 
 
+def costs(model, clean, inputs, weights):
+    """What one step costs on each of the `AXES`: clean and inputs (B, T), weights (B, T)."""
+    scored = int((weights > 0).sum())
+    return {"documents": int((clean[:, 0] == MARKS.doc).sum()), "tokens": int((inputs != MARKS.pad).sum()),
+            "supervised": scored, "flops": model.flops(*inputs.shape, scored)}
+
+
 def describe(line, corpus, ask):
     """The scores of one exam in a line, then a known and a new question with the answer that `ask` gives."""
     text = ["{stage} {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
             "{known_forward:.2f} backward {known_backward:.2f}".format(**line)]
-    for name in ("known_backward", "backward"):
-        question, truth = corpus.exams[name][0]
+    for question, truth in (corpus.exams["known_backward"][0], corpus.exams["backward"][0]):
         text.append(f"    {question} -> {ask(question)} [{truth}]")
     return "\n".join(text)
-
-
-def hardware(device):
-    """The name of what computed, for the record."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
 # -----------------------------------------------------------------------------
@@ -232,17 +237,17 @@ def train(args, settings, corpus, model, device, dtype, folder):
     """School and reading in the locked run folder -> the result, as it is written there too."""
     rows, starts = corpus.rows.to(device), corpus.starts.to(device)
     school = MODES[args.mode].school
+    total, exams = args.school_steps + args.steps, exam_steps(args.school_steps, args.steps)
 
     # A base is named after all that school depends on, so that no other run can take it by mistake.
     schooling = settings | {"mode": school, "mask_ratio": None if MODES[school].causal else args.mask_ratio,
-                            "steps": None, "no_replay": None, "digest": corpus.digest,
+                            "steps": None, "no_replay": None, "corpus": corpus.digest,
                             "torch": torch.__version__}
-    digest = hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]
-    base = folder.parent / "bases" / f"{digest}.pt"
+    name = hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]
+    base = folder.parent / "bases" / f"{name}.pt"
 
     # What a checkpoint holds besides weights and optimizers: where the run is, and what it has spent so far.
-    state = {"step": 0, "seconds": 0.0, "documents": 0, "tokens": 0, "supervised": 0, "flops": 0,
-             "loss": None, "log": []}
+    state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
     path = find_start(folder, base, settings, args.resume)
     saved = path and load_checkpoint(path)
     if saved:
@@ -257,15 +262,10 @@ def train(args, settings, corpus, model, device, dtype, folder):
         generator = torch.Generator().manual_seed(2 * args.seed + (step >= args.school_steps))
         return make_optimizers(model, args.optimizer, args.lr), generator
 
-    def stop(message):
-        """End the program with a message below the progress bar."""
-        progress.close()
-        fail(message)
-
     def save(path, optimizers=(), generator=None):
         write(path, folder, lambda p: torch.save(state | {
             "settings": settings, "digest": corpus.digest, "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "generator": generator}, p), stop)
+            "optimizers": [o.state_dict() for o in optimizers], "generator": generator}, p))
 
     optimizers, generator = start_stage(state["step"])
     if saved and saved["optimizers"]:
@@ -274,69 +274,66 @@ def train(args, settings, corpus, model, device, dtype, folder):
             optimizer.load_state_dict(values)
     interrupted, saved_at = [], time.time()
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # finish the step, then save and stop
-    total, exams = args.school_steps + args.steps, exam_steps(args.school_steps, args.steps)
-    progress = tqdm(total=total, initial=state["step"], unit="step", mininterval=0.5, dynamic_ncols=True)
 
-    for step in range(state["step"], total + 1):
-        state["step"] = step
-        stage, mode = ("school", school) if step < args.school_steps else ("reading", args.mode)
-        if step == args.school_steps and step > 0 and not base.exists():
-            save(base)
-        if step == args.school_steps:
-            optimizers, generator = start_stage(step)
-        examined = step in exams and not (state["log"] and state["log"][-1]["step"] == step)
-        if examined:
-            scores = exam(model, mode, corpus, device, dtype)
-            state["log"].append({"stage": stage} | {k: state[k] for k in state if k != "log"} | scores)
-            ask = lambda question: answers(model, mode, [question], device, dtype)[0]
-            progress.write(describe(state["log"][-1], corpus, ask))
-        if examined or interrupted or time.time() - saved_at > SAVE_EVERY:
-            lines = "".join(json.dumps(line) + "\n" for line in state["log"])
-            write(folder / "log.jsonl", folder, lambda p: p.write_text(lines, encoding="utf-8"), stop)
-            save(folder / "ckpt.pt", optimizers, generator.get_state())
-            saved_at = time.time()
-        if step == total:
-            break
-        if interrupted:
-            stop(f"stopped at step {step}, nothing is lost: repeat the command with --resume to go on")
+    with tqdm(total=total, initial=state["step"], unit="step", dynamic_ncols=True) as progress:
+        for step in range(state["step"], total + 1):
+            state["step"] = step
+            stage, mode = ("school", school) if step < args.school_steps else ("reading", args.mode)
+            if step == args.school_steps:
+                if step and not base.exists():
+                    save(base)
+                optimizers, generator = start_stage(step)
+            examined = step in exams and not (state["log"] and state["log"][-1]["step"] == step)
+            if examined:
+                line = {"stage": stage} | {k: state[k] for k in state if k != "log"}
+                state["log"].append(line | exam(model, mode, corpus, device, dtype))
+                ask = lambda question: answers(model, mode, [question], device, dtype)[0]
+                progress.write(describe(state["log"][-1], corpus, ask))
+            if examined or interrupted or time.time() - saved_at > SAVE_EVERY:
+                lines = "".join(json.dumps(line) + "\n" for line in state["log"])
+                write(folder / "log.jsonl", folder, lambda p: p.write_text(lines, encoding="utf-8"))
+                save(folder / "ckpt.pt", optimizers, generator.get_state())
+                saved_at = time.time()
+            if step == total:
+                break
+            if interrupted:
+                raise Stop(f"stopped at step {step}, nothing is lost: --resume goes on from here")
 
-        # one step of training: all that the objectives share
-        clock = time.time()
-        rate = (schedule(step, args.school_steps) if stage == "school" else
-                schedule(step - args.school_steps, args.steps))
-        for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
-            optimizer.param_groups[0]["lr"] = peak * rate
-        index = batch(corpus, stage, args, generator).to(device)
-        clean = rows[index], starts[index], MARKS
-        inputs, targets, weights = MODES[mode].objective(*clean, args.mask_ratio, generator)
-        with mixed(device, dtype):
-            value = loss(model, inputs, targets, weights)
-        value.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+            # one step of training: all that the objectives share
+            clock = time.time()
+            first, steps = (0, args.school_steps) if stage == "school" else (args.school_steps, args.steps)
+            for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
+                optimizer.param_groups[0]["lr"] = peak * schedule(step - first, steps)
+            index = batch(corpus, stage, args, generator).to(device)
+            clean = rows[index], starts[index], MARKS
+            inputs, targets, weights = MODES[mode].objective(*clean, args.mask_ratio, generator)
+            with mixed(device, dtype):
+                value = loss(model, inputs, targets, weights)
+            value.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
-        value, tokens, supervised = value.item(), int((inputs != MARKS.pad).sum()), int((weights > 0).sum())
-        if not math.isfinite(value):
-            stop(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} keeps the last good state, if "
-                 "one was saved; lower --lr and choose another --out_dir")
-        state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
-        state["seconds"] += time.time() - clock
-        for axis, spent in (("documents", int((rows[index, 0] == MARKS.doc).sum())), ("tokens", tokens),
-                            ("supervised", supervised), ("flops", model.flops(*inputs.shape, supervised))):
-            state[axis] += spent
-        progress.update()
-        progress.set_description(stage, refresh=False)
-        speed = f"{tokens / (time.time() - clock):,.0f} tokens/s"
-        progress.set_postfix_str(f"loss {state['loss']:.3f}, {speed}", refresh=False)
+            value = value.item()
+            if not math.isfinite(value):
+                raise Stop(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} keeps the last good "
+                           "state, if one was saved; lower --lr and choose another --out_dir")
+            spent = {"seconds": time.time() - clock} | costs(model, clean[0], inputs, weights)
+            state |= {name: state[name] + amount for name, amount in spent.items()}
+            state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
+            speed = f"{spent['tokens'] / spent['seconds']:,.0f} tokens/s"
+            progress.set_description(stage, refresh=False)
+            progress.set_postfix_str(f"loss {state['loss']:.3f}, {speed}", refresh=False)
+            progress.update()
 
-    progress.close()
+    gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
     result = {"settings": settings, "exam": state["log"][-1], "before": state["log"][0], "log": state["log"],
               "chance": chance(corpus), "ranking": ranking(model, args.mode, corpus, device, dtype),
-              "parameters": sum(p.numel() for p in model.parameters()), "hardware": hardware(device),
+              "parameters": sum(p.numel() for p in model.parameters()),
+              "hardware": gpu or f"{platform.machine()} {device.type}, {torch.get_num_threads()} thread(s)",
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     text = json.dumps(result, indent=1)
-    write(folder / "result.json", folder, lambda p: p.write_text(text, encoding="utf-8"), stop)
+    write(folder / "result.json", folder, lambda p: p.write_text(text, encoding="utf-8"))
     return result
 
 
@@ -357,6 +354,8 @@ def main():
             print(f"{args.known} known and {args.new} new people, {arm.texts * (1 + arm.reverse)} text(s) "
                   f"each; writing to {folder}")
             print(report(train(args, settings, corpus, model, device, dtype, folder)))
+    except Stop as reason:
+        fail(reason)
     except RuntimeError as problem:
         if "memory" not in str(problem):
             raise
