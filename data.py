@@ -139,7 +139,7 @@ def make_people(n, rng):
     """n people with names all different; each attribute drawn on its own. ValueError if names run out."""
     limit = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # past a tenth of all names, drawing gets slow
     if n > limit:
-        raise ValueError(f"{n:,} people are more than the names can tell apart: at most {limit:,} in all")
+        raise ValueError(f"--known and --new are {n:,} people: there are names for at most {limit:,} in all")
     people = {}
     while len(people) < n:
         first = rng.choice(MEN + WOMEN)

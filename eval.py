@@ -35,14 +35,6 @@ def fail(message):
     sys.exit(2)
 
 
-def machine(device, dtype):
-    """`pick_machine`, but a device that is not there ends the program."""
-    try:
-        return pick_machine(device, dtype)
-    except ValueError as problem:
-        fail(problem)
-
-
 # -----------------------------------------------------------------------------
 # The exam
 
@@ -119,13 +111,10 @@ def chance(corpus):
 
 
 def make_world(settings):
-    """The corpus and the untrained model that the settings of a run describe."""
-    try:
-        corpus = make_corpus(*(settings[k] for k in WORLD))
-        sizes, causal = [settings[k] for k in SHAPE], MODES[settings["mode"]].causal
-        return corpus, Transformer(ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad))
-    except ValueError as problem:
-        fail(f"--known, --new, --n_embd or --n_head cannot be used: {problem}")
+    """The corpus and the untrained model that the settings of a run describe; ValueError if there is none."""
+    corpus = make_corpus(*(settings[k] for k in WORLD))
+    sizes, causal = [settings[k] for k in SHAPE], MODES[settings["mode"]].causal
+    return corpus, Transformer(ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad))
 
 
 def load_checkpoint(path):
@@ -292,9 +281,12 @@ def main():
 
     path = Path(args.run) / "ckpt.pt"
     saved = load_checkpoint(path)
-    mode, dtype = saved["settings"]["mode"], saved["settings"]["dtype"]
-    device, dtype, _ = machine(args.device, dtype)
-    corpus, model = make_world(saved["settings"])
+    mode = saved["settings"]["mode"]
+    try:
+        device, dtype, _ = pick_machine(args.device, saved["settings"]["dtype"])
+        corpus, model = make_world(saved["settings"])
+    except ValueError as problem:
+        fail(problem)
     restore(saved, corpus, model.to(device), path)
 
     if args.show:

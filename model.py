@@ -31,8 +31,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 x n_head = {2 * self.n_head}, so "
-                             "that every head gets an even number of channels")
+            raise ValueError(f"--n_embd {self.n_embd} is no multiple of 2 x --n_head = {2 * self.n_head}: "
+                             "take one, so that every head gets an even number of channels")
 
 
 def norm(x):

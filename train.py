@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from data import ARMS, MARKS
 from diffusion import MODES, loss
-from eval import (AXES, answers, chance, exam, fail, load_checkpoint, machine, make_world, ranking, report,
-                  restore)
-from model import mixed
+from eval import AXES, answers, chance, exam, fail, load_checkpoint, make_world, ranking, report, restore
+from model import mixed, pick_machine
 
 EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
 WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are known (README, notes)
+QUESTION_SHARE = 0.16   # of the rows are questions; many more are memorised and then teach nothing
 NEW_SHARE = 0.6         # of the documents in reading are about new people, the rest about known ones
 EXAMS = 10              # during reading, closer together at its start
 SAVE_EVERY = 60         # seconds between two checkpoints, if no exam comes first
@@ -48,11 +48,10 @@ class Stop(Exception):
 def number(kind, low, high):
     """An argparse type: a number of this kind from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: from {low:g} to {high:g}")
-        return value
-    parse.__name__ = "number" if kind is float else "whole number"
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+    parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g},"  # in argparse's words
     return parse
 
 
@@ -90,8 +89,6 @@ def parse_args():
     add("--school_steps", type=number(int, 0, 1e9), default=500, help="steps on known people; 0: all at once")
     add("--steps", type=number(int, 1, 1e9), default=1500, help="steps of reading; raise if scores rise")
     add("--batch_size", type=number(int, 4, 1e6), default=64, help="rows a step; lower if out of memory")
-    add("--question_share", type=number(float, 0, 0.9), default=0.16, help="share of the rows that are "
-        "questions about known people; many are memorised and then teach nothing")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks; "
         "the embedding always has AdamW")
     add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; adamw wants .002")
@@ -117,10 +114,6 @@ def parse_args():
         parser.error("--out_dir is empty: name a folder")
     if args.mask_ratio == 0 and not MODES[args.mode].causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
-    if args.paraphrases == "same" and args.wordings == 1:
-        parser.error("--paraphrases same with --wordings 1 is one text five times: use 2 wordings or more")
-    if args.question_share * args.batch_size > args.batch_size - 2:
-        parser.error("--question_share leaves no row for documents: lower it, or raise --batch_size")
     return args
 
 
@@ -139,9 +132,8 @@ def open_folder(folder):
         lock.execute("BEGIN EXCLUSIVE")
         return lock
     except (OSError, sqlite3.OperationalError) as problem:
-        if "locked" in str(problem):
-            fail(f"{folder} is in use by another run: wait for it, or choose another --out_dir")
-        fail(f"{folder} cannot be written to ({problem}): choose another --out_dir")
+        why = "another run is at work there" if "locked" in str(problem) else problem
+        fail(f"{folder} cannot be used ({why}): choose another --out_dir")
 
 
 def write(path, folder, save):
@@ -152,8 +144,8 @@ def write(path, folder, save):
         os.replace(folder / "tmp", path)
     except (OSError, RuntimeError) as problem:  # torch.save reports a full disk as a RuntimeError
         why = str(problem).splitlines()[0]
-        raise Stop(f"{path} could not be written ({why}): what stood there is intact; make room and repeat the "
-                   "command with --resume")
+        raise Stop(f"{path} could not be written ({why}): what stood there is intact; make room, then repeat "
+                   "the command with --resume")
 
 
 def find_start(folder, base, settings, resume):
@@ -204,7 +196,7 @@ def batch(corpus, stage, args, generator):
     --no_replay all rows are. One question in five is backward: a person has three times as many of those.
     """
     alone = stage == "reading" and args.no_replay
-    questions = 0 if alone else round(args.batch_size * args.question_share)
+    questions = 0 if alone else round(args.batch_size * QUESTION_SHARE)
     backward, documents = round(questions / 5), args.batch_size - questions
     new = 0 if stage == "school" else documents if alone else round(documents * NEW_SHARE)
     counts = {"known_documents": documents - new, "new_documents": new,
@@ -340,13 +332,16 @@ def train(args, settings, corpus, model, device, dtype, folder):
 def main():
     args = parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
-    device, dtype, why = machine(args.device, args.dtype)
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("out_dir", "resume")}
-    settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     folder, arm = Path(args.out_dir), ARMS[args.paraphrases]
     try:
+        device, dtype, why = pick_machine(args.device, args.dtype)
+        settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         corpus, model = make_world(settings)
+    except ValueError as problem:
+        fail(problem)
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    try:
         model.initialize(torch.Generator().manual_seed(args.seed)).to(device)
         with contextlib.closing(open_folder(folder)):
             print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ModelConfig, Transformer, attend, rotary, rotate
+from conftest import DEVICES, generator
+from model import ModelConfig, Transformer, attend, mixed, pick_machine, rotary, rotate
 
 V, PAD = 11, 0
 
@@ -11,35 +12,66 @@ V, PAD = 11, 0
 def make(causal, seed=0):
     """A small model in float64 with no zero matrix, so that every path from input to output carries
     signal."""
-    generator = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     model = Transformer(ModelConfig(V, n_layer=2, n_head=2, n_embd=16, causal=causal, pad=PAD)).double()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3, generator=generator)
+        torch.nn.init.normal_(p, std=0.3, generator=g)
     return model
 
 
 def tokens(B=3, T=8, seed=1):
-    return torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, V, (B, T), generator=generator(seed))
 
 
 @pytest.mark.parametrize("j", range(8))
-def test_a_causal_model_never_sees_the_future(j):
-    """Changing token j leaves all logits before j bit for bit alone, and changes those from j on."""
-    model, a = make(causal=True), tokens()
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_causal_model_never_sees_the_future(name, dtype, j):
+    """Changing token j leaves all logits before j bit for bit alone, and changes those from j on: on every
+    device that is here and in both formats, for a fused kernel that leaks does so in one of them."""
+    device, dtype, _ = pick_machine(name, dtype)
+    model, a = make(causal=True).float().to(device), tokens().to(device)
     b = a.clone()
     b[:, j] = a[:, j] % (V - 1) + 1
-    before, after = model(a), model(b)
+    with mixed(device, dtype):
+        before, after = model(a), model(b)
     assert torch.equal(before[:, :j], after[:, :j])
     assert not torch.isclose(before[:, j:], after[:, j:]).all(-1).any()
 
 
-def test_a_bidirectional_model_sees_the_future():
-    """The same change of the last token does reach the first position: that is what filling in masks
-    needs."""
-    model, a = make(causal=False), tokens()
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_bidirectional_model_sees_the_future(name):
+    """The same change of the last token does reach the first position: filling in masks needs that."""
+    model, a = make(causal=False).float().to(name), tokens().to(name)
     b = a.clone()
     b[:, -1] = a[:, -1] % (V - 1) + 1
     assert not torch.isclose(model(a)[:, 0], model(b)[:, 0]).all(-1).any()
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_computes_the_same(name, causal):
+    """In float32 the logits agree with those of the CPU in float64 to four digits, padding and all."""
+    model, a = make(causal), F.pad(tokens(), (0, 3), value=PAD)
+    expected = model(a)[:, :8]
+    given = model.float().to(name)(a.to(name))[:, :8].cpu().double()
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_bfloat16_moves_no_answer_that_is_not_a_near_tie(causal):
+    """bfloat16 rounds at 2^-9, and after some twenty roundings no logit here, of size 1 to 5, has moved by
+    .25: an answer can only change where the best two logits are closer than .5."""
+    model, a = make(causal).float(), tokens(B=200)
+    with torch.no_grad():
+        exact = model(a)
+        with mixed(torch.device("cpu"), torch.bfloat16):
+            rounded = model(a).float()
+    assert 0 < (rounded - exact).abs().max() < 0.25
+    best = exact.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 0.5
+    assert clear.float().mean() > 0.3
+    assert torch.equal(exact.argmax(-1)[clear], rounded.argmax(-1)[clear])
 
 
 @pytest.mark.parametrize("causal", (True, False))
@@ -61,7 +93,7 @@ def test_a_batch_mate_must_not_matter(causal):
 @pytest.mark.parametrize("causal", (True, False))
 def test_written_out_attention_is_attention(causal):
     """`attend` against PyTorch's own kernel, with and without hidden keys."""
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     q, k, v = torch.randn(3, 2, 2, 6, 4, generator=g, dtype=torch.float64)
     visible = None if causal else torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool).expand(2, 1, 1, 6)
     truth = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
@@ -70,7 +102,7 @@ def test_written_out_attention_is_attention(causal):
 
 def test_rotary_positions_are_relative():
     """The product of a query at position m and a key at n depends on m - n alone."""
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     q, k = torch.randn(2, 8, generator=g, dtype=torch.float64)
     cos, sin = rotary(12, 8, "cpu")
     turned = lambda x: rotate(x.expand(1, 1, 12, 8), cos, sin)[0, 0]  # (12, 8): x at every position
@@ -84,7 +116,7 @@ def test_rotary_positions_are_relative():
 def test_logits_at_chosen_positions():
     """`at` gives the very logits of the full (B, T, V) output, without making the others."""
     model, a = make(causal=True), tokens()
-    at = torch.rand(a.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    at = torch.rand(a.shape, generator=generator()) < 0.5
     torch.testing.assert_close(model(a, at), model(a)[at])
 
 
@@ -96,7 +128,7 @@ def test_parameters_can_be_counted_by_hand():
 def test_one_seed_one_initialization():
     """The weights follow from the generator alone, and an untrained block passes its input through."""
     config = ModelConfig(V, n_layer=1, n_head=1, n_embd=8)
-    a, b = (Transformer(config).initialize(torch.Generator().manual_seed(5)) for _ in range(2))
+    a, b = (Transformer(config).initialize(generator(5)) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     x = F.layer_norm(a.embed(tokens()), (8,))
     torch.testing.assert_close(a.trunk(tokens()), F.layer_norm(x, (8,)))

@@ -136,9 +136,9 @@ def test_a_base_of_other_settings_is_never_reused(other):
 
 
 def batches(stage, n, **settings):
-    """All row indices of n batches of 8 with 2 questions, and the corpus of 6 known and 4 new people."""
+    """All row indices of n batches of 16 with 3 questions, and the corpus of 6 known and 4 new people."""
     corpus, g = evaluation.make_corpus(known=6, new=4, seed=0), generator()
-    args = SimpleNamespace(**{"batch_size": 8, "question_share": 0.25, "no_replay": False} | settings)
+    args = SimpleNamespace(**{"batch_size": 16, "no_replay": False} | settings)
     return torch.cat([train.batch(corpus, stage, args, g) for _ in range(n)]), corpus
 
 
@@ -158,7 +158,7 @@ def test_no_training_row_of_reading_is_a_new_persons_question():
 def test_without_replay_only_new_documents_are_read():
     """--no_replay: what fine-tuning alone does to what the base knew."""
     seen, corpus = batches("reading", 50, no_replay=True)
-    assert all(int(i) in corpus.groups["new_documents"] for i in seen) and len(seen) == 400
+    assert all(int(i) in corpus.groups["new_documents"] for i in seen) and len(seen) == 800
     seen, corpus = batches("school", 50, no_replay=True)
     assert any(int(i) in corpus.groups["forward"] for i in seen)
 
