@@ -264,6 +264,7 @@ def main():
     add("--out", default="out", help="where to look for runs to compare (default: out)")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
 
     if args.run is None:
         if args.ask is not None or args.show:

@@ -22,6 +22,7 @@ import os
 import platform
 import signal
 import sqlite3
+import sys
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def number(kind, low, high):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g},"  # in argparse's words
+    parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g},"  # for argparse
     return parse
 
 
@@ -331,6 +332,7 @@ def train(args, settings, corpus, model, device, dtype, folder):
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
     settings = {k: v for k, v in vars(args).items() if k not in ("out_dir", "resume")}
     folder, arm = Path(args.out_dir), ARMS[args.paraphrases]
