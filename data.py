@@ -1,7 +1,7 @@
 """
 Fictional people: their biographies, the questions about them, and the tokens of both.
 
-A person is a name and six attributes. A document states the name once, then only "He" or "She":
+A person is a name and six attributes. A document states the name once, elsewhere only "He" or "She":
 
     Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to Princeton. He majored ...
 
@@ -137,7 +137,7 @@ class Person(NamedTuple):
 
 def make_people(n, rng):
     """n people with names all different; each attribute drawn on its own. ValueError if names run out."""
-    limit = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # past a tenth of all names, drawing gets slow
+    limit = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # so that a new draw is rarely a name we have
     if n > limit:
         raise ValueError(f"--known and --new are {n:,} people: there are names for at most {limit:,} in all")
     people = {}
@@ -240,7 +240,7 @@ def encode(text):
 def decode(ids):
     """The text of token ids, the inverse of `encode`; what follows the first end mark is dropped."""
     ids = list(ids)
-    return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids)[1:]
+    return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
 
 
 def document_row(text, given=False):
@@ -272,7 +272,7 @@ class Corpus(NamedTuple):
     groups: dict            # name -> range of rows: known_documents, new_documents, forward, backward
     exams: dict             # name -> [(question, answer)]: forward, backward, known_forward, known_backward
     people: list            # known people, then new people
-    digest: str             # of all of the above: two corpora are the same if their digests are
+    digest: str             # of rows, exams and vocabulary: the same digest, the same corpus
 
 
 def make_corpus(known, new, paraphrases="none", wordings=5, seed=0, asked=4):

@@ -48,16 +48,17 @@ def corrupt(allowed, ratio, generator):
     B, T = allowed.shape
     draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
     L = allowed.sum(1, keepdim=True)  # (B, 1)
-    noise = draw(B, T).masked_fill(~allowed, 2.0)
+    order = draw(B, T).masked_fill(~allowed, 2.0)  # the k smallest of these random numbers are hidden
     if ratio == "paper":
         t = 0.05 + 0.9 * draw(B, 1)
-        hidden = noise < t
+        hidden = order < t
         return hidden, hidden / (t * L)
     if ratio == "uniform":
         k = (draw(B, 1) * L).long() + 1
     else:
         k = (ratio * L).round().long().clamp(min=int(ratio > 0))
-    hidden = (noise.argsort(dim=1).argsort(dim=1) < k) & allowed  # rank of each position's noise in its row
+    rank = order.argsort(dim=1).argsort(dim=1)  # of each position's number in its row
+    hidden = (rank < k) & allowed
     return hidden, hidden / k.clamp(min=1)
 
 
@@ -84,7 +85,7 @@ def masked(tokens, starts, marks, ratio, generator):
 
 
 def noise(tokens, starts, marks, ratio, generator):
-    """The paper's control for `masked`: a prompt as long, but of random tokens that tell nothing."""
+    """The paper's control for `masked`: a prompt as long, but of random tokens, words and bytes alike."""
     random = torch.randint(len(marks), int(tokens.max()) + 1, tokens.shape, generator=generator)
     hidden = content(tokens, starts, marks)
     return recite(torch.where(hidden, random.to(tokens.device), tokens), tokens, starts, marks)
@@ -93,7 +94,10 @@ def noise(tokens, starts, marks, ratio, generator):
 def recite(prompts, tokens, starts, marks):
     """`ar` on [doc] prompt [end] [answer] clean text [end], with only the clean text scored.
 
-    A question is a prompt with an answer already, and stays as it is.
+    A question is a prompt with an answer already, and stays as it is. For a document of n = 3 tokens, T = 4:
+
+        both    p0 p1 p2 pad | x0 x1 x2 pad | pad ...     prompts, clean rows, padding
+        index   -3 -2 -1 | 0  1  2  3  4                  so rows are p0 p1 p2 [answer] x1 x2 pad pad
     """
     T = tokens.size(1)
     is_document = tokens[:, :1] == marks.doc                                # (B, 1)
@@ -186,7 +190,7 @@ def likelihood_diffusion(model, tokens, starts, marks):
 class Mode(NamedTuple):
     """All that differs between two values of --mode."""
     objective: Callable     # (tokens, starts, marks, ratio, generator) -> inputs, targets, weights
-    ratio: str | float      # how much a row is masked, if --mask_ratio does not say
+    ratio: str | float | None   # how much is masked if --mask_ratio does not say; None if nothing ever is
     causal: bool            # what the model may see
     school: str             # the mode that trained its base model
     decode: Callable        # (model, tokens, starts, canvas, marks) -> (B, canvas)
@@ -194,8 +198,8 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "ar": Mode(ar, 0.0, True, "ar", decode_ar, likelihood_ar),
+    "ar": Mode(ar, None, True, "ar", decode_ar, likelihood_ar),
     "diffusion": Mode(diffusion, "uniform", False, "diffusion", decode_diffusion, likelihood_diffusion),
     "masked": Mode(masked, 0.75, True, "ar", decode_ar, likelihood_ar),
-    "noise": Mode(noise, 1.0, True, "ar", decode_ar, likelihood_ar),
+    "noise": Mode(noise, None, True, "ar", decode_ar, likelihood_ar),
 }

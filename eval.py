@@ -39,13 +39,13 @@ def fail(message):
 # The exam
 
 
-def answers(model, mode, questions, device, dtype, batch=256):
+def answers(model, mode, questions, device, dtype, batch=256, **watch):
     """Greedy answers (list of str) to questions (list of str). Every question gets the same canvas."""
     result = []
     for i in range(0, len(questions), batch):
         tokens, starts = pad_rows([question_row(q) for q in questions[i:i + batch]])
         with mixed(device, dtype):
-            out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS)
+            out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, **watch)
         result += [decode(ids) for ids in out.tolist()]
     return result
 
@@ -125,8 +125,8 @@ def load_checkpoint(path):
         if not complete or not {*WORLD, *SHAPE, "mode", "dtype"} <= saved["settings"].keys():
             raise ValueError("another version")
         return saved
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        fail(f"{path} is missing: train first, or name another run folder")
+    except OSError as problem:
+        fail(f"{path} is missing or cannot be read ({problem.strerror}): train first, or name another folder")
     except Exception:
         fail(f"{path} is cut short, of another version or no checkpoint at all: delete it and train again")
 
@@ -141,17 +141,15 @@ def restore(saved, corpus, model, path):
         fail(f"{path} holds the weights of another model than model.py now makes: train again")
 
 
-def read_results(folder):
-    """[result.json as a dict] of every finished run in `folder`, in the order of their names."""
-    results = []
-    for path in sorted(Path(folder).glob("*/result.json")):
-        try:
-            results.append(json.loads(path.read_text(encoding="utf-8")))
-            if not {"settings", "log", "exam", "before", "chance", "ranking"} <= results[-1].keys():
-                raise ValueError("another version")
-        except (OSError, ValueError, AttributeError):
-            fail(f"{path} is cut short, of another version or no result at all: delete it and train again")
-    return results
+def read_result(path):
+    """The dict in a result.json that train.py wrote; a clear end of the program if it is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if {"settings", "log", "exam", "before", "chance", "ranking"} <= result.keys():
+            return result
+    except (OSError, ValueError, AttributeError):
+        pass
+    fail(f"{path} is cut short, of another version or no result at all: delete it, then repeat with --resume")
 
 
 # -----------------------------------------------------------------------------
@@ -178,15 +176,16 @@ def report(result):
 
 
 def group(results):
-    """[(the settings in which runs differ, the runs that differ in seed and machine alone)]."""
+    """[(the settings in which runs differ, the runs that differ in seed alone: one for each seed)]."""
     groups = {}
     for result in results:
         key = {k: v for k, v in result["settings"].items() if k not in ("seed", "device", "dtype", "compile")}
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(result)
+        groups.setdefault(json.dumps(key, sort_keys=True), {})[result["settings"]["seed"]] = result
     keys = [json.loads(key) for key in groups]
     differ = [k for k in keys[0] if len({str(key.get(k)) for key in keys}) > 1]
     shown = dict.fromkeys(["mode", "paraphrases", *differ])
-    return [({k: str(key.get(k)) for k in shown}, runs) for key, runs in zip(keys, groups.values())]
+    return [({k: str(key.get(k)) for k in shown}, list(runs.values()))
+            for key, runs in zip(keys, groups.values())]
 
 
 def spread(values, digits=2):
@@ -228,7 +227,7 @@ def compare(results):
 
 def cost(log, axis, name, goal):
     """What reading had cost on an axis of the log when the score `name` first reached `goal`, on a straight
-    line between two exams; None if it never did."""
+    line between two exams; 0 if the first exam did, None if none did."""
     points = [(line[axis] - log[0][axis], line[name]) for line in log]
     for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
         if y1 >= goal:
@@ -236,13 +235,15 @@ def cost(log, axis, name, goal):
 
 
 def costs(results):
-    """One line for each setting and axis: what reading cost to score .5, and 95 % of its own last score."""
+    """One line for each setting and axis: what reading cost to score .5, and 95 % of its own last score (or
+    .05, if that is more: a run that knows nothing gets there at once)."""
     rows = []
     for key, runs in group(results):
         for axis, unit in AXES.items():
             row = key | {"cost": f"{axis} / {unit:.0e}"}
             for d in DIRECTIONS:
-                for title, goal in (("to .5", lambda last: 0.5), ("to 95 %", lambda last: 0.95 * last)):
+                goals = {"to .5": lambda last: 0.5, "to 95 %": lambda last: max(0.05, 0.95 * last)}
+                for title, goal in goals.items():
                     values = [cost(run["log"], axis, d, goal(run["log"][-1][d])) for run in runs]
                     row[f"{d} {title}"] = spread([value and value / unit for value in values])
             rows.append(row)
@@ -269,7 +270,7 @@ def main():
     if args.run is None:
         if args.ask is not None or args.show:
             fail("--ask and --show need a run folder: python eval.py out/RUN --ask \"...\"")
-        results = read_results(args.out)
+        results = [read_result(path) for path in sorted(Path(args.out).glob("*/result.json"))]
         if not results:
             fail(f"no finished run under {args.out}/: start with python train.py --mode masked")
         return print(costs(results) if args.costs else compare(results))
@@ -294,10 +295,9 @@ def main():
         if MODES[mode].causal:
             fail(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
         for question in [args.ask] if args.ask else [corpus.exams[d][0][0] for d in DIRECTIONS]:
-            tokens, starts = pad_rows([question_row(question)])
-            watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, int(starts[0]):].tolist()))
+            watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
             print(question)
-            MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, watch)
+            answers(model, mode, [question], device, dtype, watch=watch)
     elif args.ask:
         print(answers(model, mode, [args.ask], device, dtype)[0])
     elif not saved["log"]:

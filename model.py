@@ -1,8 +1,8 @@
-"""
+r"""
 One small transformer for all three objectives: pre-norm, rotary positions, tied embeddings.
 
     x = embed(tokens)                       (B, T, C)
-    x = x + attention(norm(x))              \\ n_layer times
+    x = x + attention(norm(x))              \ n_layer times
     x = x + mlp(norm(x))                    /
     logits = norm(x) @ embed.T              (B, T, V)
 
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 @dataclass
 class ModelConfig:
     vocab_size: int
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    causal: bool = True
+    n_layer: int
+    n_head: int
+    n_embd: int
+    causal: bool = True     # does position t see only positions up to t?
     pad: int = 0            # the token that fills rows up: nothing attends to it
 
     def __post_init__(self):
@@ -172,5 +172,5 @@ def pick_machine(device="auto", dtype="auto"):
 
 
 def mixed(device, dtype):
-    """The context in which a model runs: matrix products in `dtype`, everything delicate in float32."""
+    """The context in which a model runs: matrix products in `dtype`; weights, loss, optimizer in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from data import ARMS, MARKS
 from diffusion import MODES, loss
-from eval import AXES, answers, chance, exam, fail, load_checkpoint, make_world, ranking, report, restore
+from eval import (AXES, answers, chance, exam, fail, load_checkpoint, make_world, ranking, read_result,
+                  report, restore)
 from model import mixed, pick_machine
 
 EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
@@ -40,6 +41,7 @@ QUESTION_SHARE = 0.16   # of the rows are questions; many more are memorised and
 NEW_SHARE = 0.6         # of the documents in reading are about new people, the rest about known ones
 EXAMS = 10              # during reading, closer together at its start
 SAVE_EVERY = 60         # seconds between two checkpoints, if no exam comes first
+BASES = Path("out/bases")
 
 
 class Stop(Exception):
@@ -52,7 +54,7 @@ def number(kind, low, high):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g},"  # for argparse
+    parse.__name__ = f"{'whole ' if kind is int else ''}number from {low:,} to {high:,},"  # for argparse
     return parse
 
 
@@ -75,9 +77,9 @@ def parse_args():
         "as .5, or paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
-    add("--known", type=number(int, 1, 1e6), default=200, help="people with questions in training; more make "
-        "answering more general, and take longer")
-    add("--new", type=number(int, 1, 1e6), default=100, help="people with documents alone, who are the exam")
+    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions in training; more "
+        "make answering more general, and take longer")
+    add("--new", type=number(int, 1, 10**6), default=100, help="people with documents alone: the exam")
     add("--wordings", type=number(int, 1, 10), help="ways to word a fact; more are closer to real text and "
         "need more people and steps; left out, 5 where a person has several texts, otherwise 1")
     add("--seed", type=number(int, 0, 2**31), default=0, help="another number, another world and model")
@@ -87,9 +89,9 @@ def parse_args():
         "channels, best 32 to 128")
     add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels; raise for more people")
     add = parser.add_argument_group("training").add_argument
-    add("--school_steps", type=number(int, 0, 1e9), default=500, help="steps on known people; 0: all at once")
-    add("--steps", type=number(int, 1, 1e9), default=1500, help="steps of reading; raise if scores rise")
-    add("--batch_size", type=number(int, 4, 1e6), default=64, help="rows a step; lower if out of memory")
+    add("--school_steps", type=number(int, 0, 10**9), default=500, help="steps on known people; 0 for none")
+    add("--steps", type=number(int, 1, 10**9), default=1500, help="steps of reading; raise if scores rise")
+    add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step; lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks; "
         "the embedding always has AdamW")
     add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; adamw wants .002")
@@ -102,19 +104,22 @@ def parse_args():
     add("--resume", action="store_true", help="go on with the run in the folder; start it if there is none")
     args = parser.parse_args()
 
+    mode, arm = MODES[args.mode], ARMS[args.paraphrases]
+    if args.mask_ratio is not None and mode.ratio is None:
+        parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
+    if args.mask_ratio == 0 and not mode.causal:
+        parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
+    left_out = {"mask_ratio": mode.ratio, "wordings": 5 if arm.texts > 1 else 1}
+    for name, value in left_out.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.out_dir is None:
         named = ("mode", "paraphrases", "seed", "device", "dtype", "compile", "out_dir", "resume")
         changed = [k if value is True else f"{k}{value}" for k, value in vars(args).items()
-                   if k not in named and value != parser.get_default(k)]
+                   if k not in named and value != left_out.get(k, parser.get_default(k))]
         args.out_dir = "out/" + "-".join([args.mode, args.paraphrases, *changed, f"seed{args.seed}"])
-    if args.mask_ratio is None:
-        args.mask_ratio = MODES[args.mode].ratio
-    if args.wordings is None:
-        args.wordings = 5 if ARMS[args.paraphrases].texts > 1 else 1
     if not args.out_dir.strip():
         parser.error("--out_dir is empty: name a folder")
-    if args.mask_ratio == 0 and not MODES[args.mode].causal:
-        parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
     return args
 
 
@@ -132,17 +137,18 @@ def open_folder(folder):
         lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
         return lock
-    except (OSError, sqlite3.OperationalError) as problem:
+    except (OSError, sqlite3.Error) as problem:
         why = "another run is at work there" if "locked" in str(problem) else problem
         fail(f"{folder} cannot be used ({why}): choose another --out_dir")
 
 
-def write(path, folder, save):
-    """Call `save(temporary path)` in the locked run folder, then move the file into place."""
+def write(path, save):
+    """Call `save(temporary path)`, then move the file into place: `path` is never half written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same base
     try:
-        save(folder / "tmp")
-        path.parent.mkdir(exist_ok=True)
-        os.replace(folder / "tmp", path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:  # torch.save reports a full disk as a RuntimeError
         why = str(problem).splitlines()[0]
         raise Stop(f"{path} could not be written ({why}): what stood there is intact; make room, then repeat "
@@ -150,20 +156,18 @@ def write(path, folder, save):
 
 
 def find_start(folder, base, settings, resume):
-    """The path of the checkpoint to go on from: the run's own, else a base that fits, else None."""
+    """(path, checkpoint) to go on from: the run's own, else a base that fits, else (None, None)."""
     own = folder / "ckpt.pt"
     if not own.exists():
-        if (folder / "log.jsonl").exists():
-            fail(f"{folder} holds a log but {own} is missing: choose another --out_dir, or delete the folder")
-        return base if settings["school_steps"] and base.exists() else None
+        return (base, load_checkpoint(base)) if settings["school_steps"] and base.exists() else (None, None)
     if not resume:
         fail(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
-    before = load_checkpoint(own)["settings"]
+    saved = load_checkpoint(own)
     for name, value in settings.items():
-        if before.get(name) != value:
-            fail(f"{folder} was trained with --{name} {before.get(name)}, not {value}: give the same value, "
-                 "or another --out_dir")
-    return own
+        if saved["settings"].get(name) != value:
+            fail(f"{folder} was trained with --{name} {saved['settings'].get(name)}, not {value}: give the "
+                 "same value, or another --out_dir")
+    return own, saved
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def batch(corpus, stage, args, generator):
     """Indices (B,) of rows: questions about known people, documents of everybody.
 
     In school, documents of known people alone; in reading, a share of them are the new people's, or with
-    --no_replay all rows are. One question in five is backward: a person has three times as many of those.
+    --no_replay all rows are. One question in five is backward.
     """
     alone = stage == "reading" and args.no_replay
     questions = 0 if alone else round(args.batch_size * QUESTION_SHARE)
@@ -233,20 +237,21 @@ def train(args, settings, corpus, model, device, dtype, folder):
     total, exams = args.school_steps + args.steps, exam_steps(args.school_steps, args.steps)
 
     # A base is named after all that school depends on, so that no other run can take it by mistake.
-    schooling = settings | {"mode": school, "mask_ratio": None if MODES[school].causal else args.mask_ratio,
-                            "steps": None, "no_replay": None, "corpus": corpus.digest,
-                            "torch": torch.__version__}
-    name = hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]
-    base = folder.parent / "bases" / f"{name}.pt"
+    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio")
+    schooling = {k: v for k, v in settings.items() if k not in reading}
+    schooling |= {"mode": school, "mask_ratio": MODES[school].ratio and args.mask_ratio,
+                  "corpus": corpus.digest, "torch": torch.__version__}
+    base = BASES / f"{hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]}.pt"
 
     # What a checkpoint holds besides weights and optimizers: where the run is, and what it has spent so far.
     state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
-    path = find_start(folder, base, settings, args.resume)
-    saved = path and load_checkpoint(path)
+    path, saved = find_start(folder, base, settings, args.resume)
     if saved:
         restore(saved, corpus, model, path)
         state = {k: saved[k] for k in state}
         print(f"going on from {path} at step {state['step']}")
+    if state["step"] == total and (folder / "result.json").exists():
+        return read_result(folder / "result.json")
     if args.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
 
@@ -256,17 +261,25 @@ def train(args, settings, corpus, model, device, dtype, folder):
         return make_optimizers(model, args.optimizer, args.lr), generator
 
     def save(path, optimizers=(), generator=None):
-        write(path, folder, lambda p: torch.save(state | {
+        write(path, lambda p: torch.save(state | {
             "settings": settings, "digest": corpus.digest, "model": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "generator": generator}, p))
+
+    def save_text(name, text):
+        write(folder / name, lambda p: p.write_text(text, encoding="utf-8"))
 
     optimizers, generator = start_stage(state["step"])
     if saved and saved["optimizers"]:
         generator.set_state(saved["generator"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
-    interrupted, saved_at = [], time.time()
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # finish the step, then save and stop
+    interrupted, saved_at = [], time.perf_counter()
+
+    def interrupt(*_):
+        """Ctrl-C: finish the step, then save and stop. A second one ends the program at once."""
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, interrupt)
 
     with tqdm(total=total, initial=state["step"], unit="step", dynamic_ncols=True) as progress:
         for step in range(state["step"], total + 1):
@@ -282,18 +295,17 @@ def train(args, settings, corpus, model, device, dtype, folder):
                 state["log"].append(line | exam(model, mode, corpus, device, dtype))
                 ask = lambda question: answers(model, mode, [question], device, dtype)[0]
                 progress.write(describe(state["log"][-1], corpus, ask))
-            if examined or interrupted or time.time() - saved_at > SAVE_EVERY:
-                lines = "".join(json.dumps(line) + "\n" for line in state["log"])
-                write(folder / "log.jsonl", folder, lambda p: p.write_text(lines, encoding="utf-8"))
+            if examined or interrupted or time.perf_counter() - saved_at > SAVE_EVERY:
                 save(folder / "ckpt.pt", optimizers, generator.get_state())
-                saved_at = time.time()
+                save_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
+                saved_at = time.perf_counter()
             if step == total:
                 break
             if interrupted:
                 raise Stop(f"stopped at step {step}, nothing is lost: --resume goes on from here")
 
             # one step of training: all that the objectives share
-            clock = time.time()
+            clock = time.perf_counter()
             first, steps = (0, args.school_steps) if stage == "school" else (args.school_steps, args.steps)
             for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
                 optimizer.param_groups[0]["lr"] = peak * schedule(step - first, steps)
@@ -308,10 +320,10 @@ def train(args, settings, corpus, model, device, dtype, folder):
                 optimizer.zero_grad()
 
             value = value.item()
-            if not math.isfinite(value):
+            if not math.isfinite(value) or not model.embed.weight.isfinite().all():
                 raise Stop(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} keeps the last good "
                            "state, if one was saved; lower --lr and choose another --out_dir")
-            spent = {"seconds": time.time() - clock} | costs(model, clean[0], inputs, weights)
+            spent = {"seconds": time.perf_counter() - clock} | costs(model, clean[0], inputs, weights)
             state |= {name: state[name] + amount for name, amount in spent.items()}
             state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
             speed = f"{spent['tokens'] / spent['seconds']:,.0f} tokens/s"
@@ -325,8 +337,8 @@ def train(args, settings, corpus, model, device, dtype, folder):
               "parameters": sum(p.numel() for p in model.parameters()),
               "hardware": gpu or f"{platform.machine()} {device.type}, {torch.get_num_threads()} thread(s)",
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    text = json.dumps(result, indent=1)
-    write(folder / "result.json", folder, lambda p: p.write_text(text, encoding="utf-8"))
+    save_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
+    save_text("result.json", json.dumps(result, indent=1))
     return result
 
 
@@ -335,15 +347,17 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
     settings = {k: v for k, v in vars(args).items() if k not in ("out_dir", "resume")}
+    settings |= {"embedding_lr": EMBEDDING_LR, "weight_decay": WEIGHT_DECAY, "question_share": QUESTION_SHARE,
+                 "new_share": NEW_SHARE}
     folder, arm = Path(args.out_dir), ARMS[args.paraphrases]
     try:
-        device, dtype, why = pick_machine(args.device, args.dtype)
-        settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-        corpus, model = make_world(settings)
-    except ValueError as problem:
-        fail(problem)
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
-    try:
+        try:
+            device, dtype, why = pick_machine(args.device, args.dtype)
+            settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+            corpus, model = make_world(settings)
+        except ValueError as problem:
+            raise Stop(problem)
+        torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
         model.initialize(torch.Generator().manual_seed(args.seed)).to(device)
         with contextlib.closing(open_folder(folder)):
             print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -353,8 +367,8 @@ def main():
             print(report(train(args, settings, corpus, model, device, dtype, folder)))
     except Stop as reason:
         fail(reason)
-    except RuntimeError as problem:
-        if "memory" not in str(problem):
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, MemoryError) and "allocate" not in str(problem):
             raise
         fail("out of memory: lower --batch_size, --n_embd, --n_layer or --known")
 

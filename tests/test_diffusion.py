@@ -141,14 +141,16 @@ L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4; MASK
 
 
 def toy(seed=0):
-    """Any conditional model: visible tokens (tuple, None where masked) -> log p (L, V), a random table in
-    float64."""
+    """Any conditional model: visible tokens (tuple, None where masked) -> log p (L, V), a random table each.
+    As with a real one, the more is visible the surer it is of X: by 3 nats a visible token."""
     memory = {}
 
     def log_p(visible):
         if visible not in memory:
             g = generator(seed + sum((4 if v is None else v) * 5**i for i, v in enumerate(visible)))
-            memory[visible] = torch.randn(L, 4, generator=g, dtype=torch.float64).log_softmax(-1)
+            logits = torch.randn(L, 4, generator=g, dtype=torch.float64)
+            logits[torch.arange(L), X] += 3 * sum(v is not None for v in visible)
+            memory[visible] = logits.log_softmax(-1)
         return memory[visible]
     return log_p
 
@@ -207,28 +209,35 @@ def elbo_per_token(log_p=toy(), x=X):
     return sum(cross_entropy(log_p, m, x) / (k * math.comb(L, k)) for k, m in every) / L
 
 
+def expected_with_the_papers_ratio():
+    """What U(.05, .95) with 1 / (t L) estimates, per token: each CE(M) weighted by w_k."""
+    log_p = toy()
+    every = [(k, m) for k in range(1, L + 1) for m in subsets(k)]
+    return sum(papers_weight(k, L) * cross_entropy(log_p, m) / (k * math.comb(L, k)) for k, m in every) / L
+
+
+def papers_weight(k, length, steps=200_000):
+    """w_k = int_.05^.95 t^(k-1) (1-t)^(L-k) dt / (.9 beta(k)), what k hidden tokens weigh against the
+    ELBO."""
+    t = 0.05 + 0.9 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    log_beta = math.lgamma(k) + math.lgamma(length - k + 1) - math.lgamma(length + 1)
+    return ((k - 1) * t.log() + (length - k) * (1 - t).log() - log_beta).exp().mean().item()
+
+
 def test_the_training_loss_estimates_the_elbo():
     """The mean loss of 40,000 corruptions lies within 5 standard errors of the enumerated ELBO per token (a
-    false alarm once in 1.7 million seeds; the seed is fixed)."""
+    false alarm once in 1.7 million seeds; the seed is fixed), and further than that from what the paper's
+    ratio would give."""
     mean, error = estimate("uniform")
-    assert abs(mean - elbo_per_token()) < 5 * error
+    assert abs(mean - elbo_per_token()) < 5 * error < abs(mean - expected_with_the_papers_ratio())
 
 
 def test_the_papers_mask_ratio_is_not_the_elbo():
-    """U(.05, .95) with 1 / (t L) weights k hidden tokens by w_k = int t^(k-1) (1-t)^(L-k) dt / (.9 beta(k)),
-    not 1. At L = 60 that is .051, 1.11 and .051 for k = 1, 30, 60; and the estimator follows it, away from
-    the ELBO."""
-    def w(k, length, steps=200_000):
-        t = 0.05 + 0.9 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-        log_beta = math.lgamma(k) + math.lgamma(length - k + 1) - math.lgamma(length + 1)
-        return ((k - 1) * t.log() + (length - k) * (1 - t).log() - log_beta).exp().mean().item()
-    assert [w(k, 60) for k in (1, 30, 60)] == pytest.approx([0.051, 1.11, 0.051], rel=0.01)
-    log_p = toy()
-    expected = sum(w(k, L) * cross_entropy(log_p, m) / (k * math.comb(L, k))
-                   for k in range(1, L + 1) for m in subsets(k)) / L
+    """U(.05, .95) with 1 / (t L) weights k hidden tokens by w_k, not 1: at L = 60 by .051, 1.11 and .051 for
+    k = 1, 30, 60. The estimator follows that, more than 5 standard errors away from the ELBO."""
+    assert [papers_weight(k, 60) for k in (1, 30, 60)] == pytest.approx([0.051, 1.11, 0.051], rel=0.01)
     mean, error = estimate("paper")
-    assert abs(mean - expected) < 5 * error
-    assert abs(expected - elbo_per_token()) > 0.005
+    assert abs(mean - expected_with_the_papers_ratio()) < 5 * error < abs(mean - elbo_per_token())
 
 
 def test_the_elbo_bounds_the_likelihood():
@@ -283,7 +292,7 @@ def test_at_mask_ratio_one_the_best_loss_is_the_entropy_of_each_position():
 def copyist(inputs, at):
     """A causal model that answers with the token as far behind [answer] as it stands behind [doc] in the
     prompt."""
-    result = torch.zeros(int(at.sum()), 1100)
+    result = torch.zeros(int(at.sum()), TOKENIZER.n_vocab)
     for i, (b, t) in enumerate(at.nonzero().tolist()):
         behind = t - inputs[b].tolist().index(M.answer)
         result[i, inputs[b, 1 + behind]] = 30.0
@@ -331,7 +340,7 @@ def test_no_gradient_comes_from_the_future_or_from_a_fully_masked_document():
     """`masked` at ratio 1: behind [answer] each output depends on every token up to itself and on none after
     it. All it can take from the prompt comes from masks, which are the same for every document of that
     length."""
-    model = Transformer(ModelConfig(1100, n_layer=2, n_head=2, n_embd=16)).double()
+    model = Transformer(ModelConfig(TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=16)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=generator())
     inputs, _, _ = masked(*rows("He lives in Oslo."), M, 1.0, generator())
@@ -389,7 +398,7 @@ def test_diffusion_fills_the_most_confident_mask_first():
 
 
 def test_two_bits_that_differ_need_two_steps():
-    """XOR: each of two tokens is 10 or 11, never both the same. With both masked, 10 is a little likelier at
+    """XOR: each of two tokens is 10 or 11, never both the same. With both masked, 10 is likelier at
     either place, so two tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11
     or 11 10."""
     def logits(tokens, b, t):
@@ -421,7 +430,7 @@ def test_greedy_decoding_feeds_each_token_back():
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
 def test_decoders_do_not_look_at_the_true_answer(decoder):
     """The canvas is overwritten: the same question with another answer behind it decodes to the same."""
-    model = Transformer(ModelConfig(1100, n_layer=1, n_head=1, n_embd=16, causal=decoder is decode_ar))
+    model = Transformer(ModelConfig(TOKENIZER.n_vocab, 1, 1, 16, causal=decoder is decode_ar))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5, generator=generator())
     a, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"))
@@ -436,7 +445,7 @@ def test_each_objective_learns_one_batch_by_heart(mode):
     pairs = [("Who lives in Oslo?", "Curtis Chase Emley"), ("Who lives in Rome?", "Alice Lane Doyle"),
              ("What is the major of Alice Lane Doyle?", "Law")]
     tokens, starts = rows(*pairs, "Curtis Chase Emley lives in Oslo.")
-    model = Transformer(ModelConfig(1100, n_layer=2, n_head=2, n_embd=32, causal=mode != "diffusion"))
+    model = Transformer(ModelConfig(TOKENIZER.n_vocab, 2, 2, 32, causal=MODES[mode].causal))
     model.initialize(generator())
     optimizer, g = torch.optim.AdamW(model.parameters(), lr=5e-3), generator(1)
     for _ in range(300):

@@ -17,12 +17,12 @@ import torch
 import data
 import eval as evaluation
 import train
-from conftest import ROOT, TINY, assert_same_run, call, refusal, stop_after, tiny
+from conftest import ROOT, TINY, assert_same_run, call, refusal, stop_after, tiny, unbroken
 from diffusion import loss
 from model import Transformer
 
-CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); import train; print('ready', flush=True); " \
-        "train.main()"
+CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); import train; train.SAVE_EVERY = 0; " \
+        "print('ready', flush=True); train.main()"
 
 
 def child(code, *arguments):
@@ -35,20 +35,25 @@ def child(code, *arguments):
 
 
 def test_twenty_kills_cost_no_result():
-    """Killed 20 times at random moments, in the middle of whatever it does, and resumed each time, a run ends
-    with the log and the weights of an unbroken one, bit for bit."""
-    flags = [*TINY, "--steps", "200", "--school_steps", "30", "--resume"]
-    call(train, *flags, "--out_dir", "a/run")
+    """Killed 20 times at random moments, often while it writes, for it saves at each step here, and resumed
+    each time, a run ends with the log and the weights of an unbroken one, bit for bit."""
+    flags = [*TINY, "--steps", "300", "--school_steps", "60", "--resume", "--out_dir"]
+    process, clock = child(CHILD, *flags, "a/run"), time.perf_counter()
+    process.communicate()
+    length = time.perf_counter() - clock
+    shutil.rmtree("out/bases")
     moments, steps = random.Random(0), []
     for _ in range(20):
-        process = child(CHILD, *flags, "--out_dir", "b/run")
-        time.sleep(moments.uniform(0, 0.6))
+        process = child(CHILD, *flags, "b/run")
+        time.sleep(moments.uniform(0, length / 3))
         process.kill()
         process.communicate()
+        assert process.returncode != 2  # none was refused
         if Path("b/run/ckpt.pt").exists():
             steps.append(torch.load("b/run/ckpt.pt", weights_only=True)["step"])
     assert steps == sorted(steps)  # nothing that was saved is ever lost
-    call(train, *flags, "--out_dir", "b/run")
+    assert len({step for step in steps if 0 < step < 360}) >= 5, steps  # it did die all along the way
+    child(CHILD, *flags, "b/run").communicate()
     assert_same_run("a/run", "b/run")
 
 
@@ -58,7 +63,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     pytest.importorskip("resource", reason="this system cannot limit the size of files")
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
-    tiny(train, folder="a/run")
+    unbroken()
     stop_after(7, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit):
         tiny(train, folder="b/run")
@@ -66,7 +71,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     process = child(limit + CHILD, *TINY, "--out_dir", "b/run", "--resume")
     _, error = process.communicate()
     last = error.strip().splitlines()[-1]
-    assert process.returncode == 2 and "ckpt.pt could not be written" in last and "--resume" in last
+    assert process.returncode == 2 and "ckpt.pt could not be written" in last and "--resume" in last, error
     assert Path("b/run/ckpt.pt").read_bytes() == before
     tiny(train, "--resume", folder="b/run")
     assert_same_run("a/run", "b/run")
@@ -88,14 +93,19 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, capfd):
 
     def forbid(*_, **__):
         raise sqlite3.OperationalError("attempt to write a readonly database")
-    monkeypatch.setattr(sqlite3, "connect", forbid)
-    assert "readonly" in refusal(capfd, train, *TINY, "--out_dir", "out/run")
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", forbid)
+        assert "readonly" in refusal(capfd, train, *TINY, "--out_dir", "out/run")
+    Path("out/other").mkdir(parents=True)
+    Path("out/other/lock").write_text("no database " * 100, encoding="utf-8")
+    assert "other" in refusal(capfd, train, *TINY, "--out_dir", "out/other")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capfd):
     """With the step, the last good checkpoint and what to try, before the broken weights are saved."""
     steps = iter(range(10))
     monkeypatch.setattr(train, "loss", lambda *a: loss(*a) * (math.nan if next(steps) == 7 else 1))
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
     with pytest.raises(SystemExit) as stop:
         tiny(train)
     last = capfd.readouterr().err.strip().splitlines()[-1]
@@ -106,10 +116,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capfd):
 
 def test_too_little_memory_is_said_in_one_line(monkeypatch, capfd):
     """PyTorch's error is a RuntimeError with a stack of C++; the remedy is what a person needs."""
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    monkeypatch.setattr(Transformer, "initialize", full)
-    assert "--batch_size" in refusal(capfd, train, *TINY)
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        def full(*_, error=error):
+            raise error
+        monkeypatch.setattr(Transformer, "__init__", full)
+        assert "--batch_size" in refusal(capfd, train, *TINY)
 
 
 # -- slips of the keyboard ---------------------------------------------------
@@ -131,6 +143,7 @@ BAD = [(train, flags.split(), flags.split()[0]) for flags in TRAIN.strip().repla
 BAD += [
     (train, ["extra"], "extra"), (train, ["--out_dir", ""], "--out_dir"),
     (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
+    (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"),
     (evaluation, [], "train.py"), (evaluation, ["--costs"], "train.py"), (evaluation, ["out/no"], "missing"),
     (evaluation, ["--out", "nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "run folder"),
     (evaluation, ["--show"], "run folder"), (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "b"),
@@ -163,7 +176,7 @@ def runs(trained):
 
 
 @pytest.mark.parametrize("flags", (
-    ["--lr", ".01"], ["--seed", "1"], ["--known", "7"], ["--steps", "7"], ["--mode", "ar"],
+    ["--lr", ".01"], ["--seed", "1"], ["--known", "7"], ["--steps", "7"], ["--mode", "noise"],
     ["--n_embd", "32"], ["--dtype", "bfloat16"], ["--mask_ratio", ".5"], ["--paraphrases", "given"],
     ["--compile"], ["--no_replay"], ["--optimizer", "adamw"]), ids=" ".join)
 def test_settings_that_contradict_a_checkpoint_are_refused(flags, runs, capfd):
@@ -204,9 +217,11 @@ DAMAGES = {
 def test_a_damaged_checkpoint_ends_in_one_line(damage, runs, capfd):
     """Named in one line by both scripts; a file that tries to run code is not run."""
     DAMAGES[damage](Path("out/masked/ckpt.pt"))
-    for refused in (refusal(capfd, evaluation, "out/masked"),
-                    refusal(capfd, train, *TINY, "--out_dir", "out/masked", "--resume")):
-        assert "masked" in refused or "--n_embd" in refused
+    refused = [refusal(capfd, evaluation, "out/masked")]
+    if damage != "missing":  # then there is nothing to go on from, and the run is started anew
+        refused.append(refusal(capfd, train, *TINY, "--out_dir", "out/masked", "--resume"))
+    for refused in refused:
+        assert str(Path("out/masked/ckpt.pt")) in refused
     assert not Path("executed").exists()
 
 
@@ -241,6 +256,18 @@ def test_any_other_question_is_answered(question, mode, runs, capsys):
     """Other scripts, quotes, and words that look like special tokens, which stay text."""
     call(evaluation, f"out/{mode}", "--ask", question)
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_show_prints_every_step_of_filling_in_masks(runs, capsys):
+    """Four masks, one filled in a step: four lines a question, the last without a mask, as --ask answers."""
+    question = "What is the major of Curtis Chase Emley?"
+    call(evaluation, "out/diffusion", "--show", "--ask", question)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == question and [line.count("<mask>") for line in lines[1:]] == [3, 2, 1, 0]
+    call(evaluation, "out/diffusion", "--ask", question)
+    assert lines[-1].split("<end>")[0].strip() == capsys.readouterr().out.strip()
+    call(evaluation, "out/diffusion", "--show")
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 5
 
 
 def test_eval_says_what_does_not_go_together(runs, capfd):

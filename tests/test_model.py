@@ -135,6 +135,7 @@ def test_one_seed_one_initialization():
 
 
 def test_sizes_that_do_not_divide_are_an_error():
-    """Heads share the channels, and rotary positions turn them in pairs."""
-    with pytest.raises(ValueError, match="multiple of"):
-        ModelConfig(V, n_head=3, n_embd=16)
+    """Heads share the channels, and rotary positions turn them in pairs: 16 / 3 and 18 / 2 = 9 do not do."""
+    for n_head, n_embd in ((3, 16), (2, 18)):
+        with pytest.raises(ValueError, match="multiple of"):
+            ModelConfig(V, n_layer=1, n_head=n_head, n_embd=n_embd)

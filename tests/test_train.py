@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import train
-from conftest import ROOT, TINY, assert_same_run, call, finished, generator, stop_after, tiny
+from conftest import ROOT, TINY, assert_same_run, call, finished, generator, stop_after, tiny, unbroken
 from data import ARMS, MARKS
 from diffusion import MODES, loss
 from model import ModelConfig, Transformer
@@ -51,12 +52,12 @@ def test_each_arm_can_be_trained_on(arm):
 
 
 def test_what_a_run_spends_is_counted():
-    """4 school and 6 reading steps of 8 rows, one of them a question: 70 documents. `masked` puts documents
-    through the model twice while it reads, and is scored on as many tokens as `ar`."""
+    """4 school and 6 reading steps of 16 rows, three of them questions: 130 documents. `masked` puts
+    documents through the model twice while it reads, and is scored on as many tokens as `ar`."""
     for mode in ("ar", "masked"):
         tiny(train, "--mode", mode, folder=f"out/{mode}")
     ar, masked = (finished(f"out/{mode}")[0] for mode in ("ar", "masked"))
-    assert ar[-1]["documents"] == masked[-1]["documents"] == 10 * (8 - 1)
+    assert ar[-1]["documents"] == masked[-1]["documents"] == 10 * (16 - 3)
     assert ar[0] == masked[0]  # the same base, the same exam before reading
     assert ar[-1]["supervised"] == masked[-1]["supervised"]
     assert 1.5 < (masked[-1]["tokens"] - masked[0]["tokens"]) / (ar[-1]["tokens"] - ar[0]["tokens"]) < 2
@@ -66,7 +67,7 @@ def test_what_a_run_spends_is_counted():
 def test_flops_are_those_that_pytorch_counts():
     """2 blocks of C = 16 on 3 rows of 8 tokens, 5 scored, V = 11, by hand: a token costs 2 x 12 x 16^2 in the
     matrices and 4 x 8 x 16 in attention a block, a scored position 2 x 11 x 16, and a step three times that.
-    PyTorch's own counter agrees but for the first layer, where no gradient of the input is needed."""
+    PyTorch's own counter agrees."""
     model = Transformer(ModelConfig(11, n_layer=2, n_head=2, n_embd=16))
     by_hand = 3 * (3 * 8 * 2 * (2 * 12 * 16**2 + 4 * 8 * 16) + 5 * 2 * 11 * 16)
     assert model.flops(3, 8, 5) == by_hand
@@ -78,10 +79,14 @@ def test_flops_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == by_hand
 
 
+@pytest.mark.parametrize("save_every", (0, 60), ids=("saved at each step", "saved at each exam"))
 @pytest.mark.parametrize("killed_at", (3, 5, 8))
-def test_a_resumed_run_equals_an_unbroken_one(killed_at, monkeypatch):
-    """A crash in school, at its end or in reading loses the steps since the last save, never the result."""
-    tiny(train, folder="a/run")
+def test_a_resumed_run_equals_an_unbroken_one(killed_at, save_every, monkeypatch):
+    """A crash in school, at its end or in reading loses the steps since the last save, never the result. With
+    two exams and no save between them the lost steps are done again."""
+    monkeypatch.setattr(train, "EXAMS", 2)
+    monkeypatch.setattr(train, "SAVE_EVERY", save_every)
+    unbroken()
 
     def crash():
         raise KeyError("killed")
@@ -96,7 +101,7 @@ def test_a_resumed_run_equals_an_unbroken_one(killed_at, monkeypatch):
 @pytest.mark.parametrize("pressed_at", (2, 7))
 def test_ctrl_c_saves_and_says_how_to_go_on(pressed_at, monkeypatch, capfd):
     """The step is finished, the checkpoint written, in school as in reading; --resume repeats no step."""
-    tiny(train, folder="a/run")
+    unbroken()
     calls = stop_after(pressed_at, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         tiny(train, folder="b/run")
@@ -118,21 +123,34 @@ def test_a_finished_run_is_left_as_it_is(monkeypatch):
 
 def test_a_reused_base_changes_nothing():
     """`masked` after `ar` skips school, and ends where a `masked` run that went to school itself ends."""
-    tiny(train, "--mode", "ar", folder="shared/ar")
-    tiny(train, "--mode", "masked", folder="shared/masked")
-    assert len(list(Path("shared/bases").iterdir())) == 1
-    tiny(train, "--mode", "masked", folder="alone/masked")
-    assert_same_run("shared/masked", "alone/masked")
+    tiny(train, "--mode", "ar", folder="out/ar")
+    tiny(train, "--mode", "masked", folder="out/masked")
+    base, = Path("out/bases").iterdir()
+    base.unlink()
+    tiny(train, "--mode", "masked", folder="out/alone")
+    assert_same_run("out/masked", "out/alone")
 
 
 @pytest.mark.parametrize("other", (
-    ["--seed", "1"], ["--known", "7"], ["--lr", ".01"], ["--school_steps", "5"], ["--mode", "diffusion"],
-    ["--paraphrases", "given"]), ids=" ".join)
+    ["--seed", "1"], ["--known", "7"], ["--new", "5"], ["--lr", ".01"], ["--school_steps", "5"],
+    ["--n_embd", "32"], ["--batch_size", "20"], ["--optimizer", "adamw"], ["--mode", "diffusion"],
+    ["--paraphrases", "given"], ["--wordings", "2"], ["--dtype", "bfloat16"]), ids=" ".join)
 def test_a_base_of_other_settings_is_never_reused(other):
     """Whatever school depends on is in the base's name."""
-    tiny(train, "--mode", "ar", folder="x/first")
-    tiny(train, "--mode", "ar", *other, folder="x/second")
-    assert len(list(Path("x/bases").iterdir())) == 2
+    tiny(train, "--mode", "ar", folder="out/first")
+    tiny(train, "--mode", "ar", *other, folder="out/second")
+    assert len(list(Path("out/bases").iterdir())) == 2
+
+
+def test_a_base_of_other_code_is_never_reused(monkeypatch):
+    """The constants at the top of train.py count as settings: who changes one gets another base."""
+    tiny(train, "--mode", "diffusion", folder="out/first")
+    tiny(train, "--mode", "diffusion", "--mask_ratio", ".5", folder="out/second")
+    assert len(list(Path("out/bases").iterdir())) == 2
+    for name in ("EMBEDDING_LR", "WEIGHT_DECAY", "QUESTION_SHARE"):
+        monkeypatch.setattr(train, name, 0.3)
+        tiny(train, "--mode", "diffusion", folder=f"out/{name}")
+    assert len(list(Path("out/bases").iterdir())) == 5
 
 
 def batches(stage, n, **settings):
@@ -174,8 +192,9 @@ def test_each_seed_and_stage_has_batches_of_its_own(monkeypatch):
 
 def test_one_seed_one_result():
     """The same command in two folders, each with its own school: the same log and weights, bit for bit."""
-    tiny(train, "--mode", "diffusion", folder="a/run")
-    tiny(train, "--mode", "diffusion", folder="b/run")
+    for folder in ("a/run", "b/run"):
+        tiny(train, "--mode", "diffusion", folder=folder)
+        shutil.rmtree("out/bases")
     assert_same_run("a/run", "b/run")
 
 
@@ -209,7 +228,7 @@ def test_a_compiled_run_learns_the_same(monkeypatch):
 
 def test_bfloat16_learns_the_same_within_its_precision():
     """bfloat16 keeps 8 bits, a relative error of 2^-9 at each rounding: losses of a run agree within 1 %."""
-    tiny(train, folder="a/run")
+    unbroken()
     tiny(train, "--dtype", "bfloat16", folder="b/run")
     a, b = ([line["loss"] for line in finished(folder)[0]] for folder in ("a/run", "b/run"))
     assert a != b and all(math.isclose(x, y, rel_tol=0.01) for x, y in zip(a, b))
@@ -228,7 +247,8 @@ def test_the_readmes_commands_are_accepted(monkeypatch):
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
 
 
-@pytest.mark.parametrize("script", ("data.py", "train.py --help", "eval.py --help", f"train.py {' '.join(TINY)}"))
+@pytest.mark.parametrize("script", ("data.py", "train.py --help", "eval.py --help",
+                                    f"train.py {' '.join(TINY)}"))
 def test_scripts_start_from_a_shell(script):
     """As a child process, from another folder, with output that is no terminal and can only show ASCII."""
     name, *flags = script.split()
