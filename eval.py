@@ -204,25 +204,24 @@ def aligned(rows):
 
 
 def compare(results):
-    """One line for each setting: what new and known people score, mean ± standard deviation over seeds."""
-    rows = []
+    """Two tables with a line for each setting, mean ± standard deviation over seeds: exact match of new and of
+    known people; other looks at the same runs. Pairs are forward / backward."""
+    exact, other = [], []
     for key, runs in group(results):
-        row = key | {"seeds": str(len(runs))}
-        for d in DIRECTIONS:
-            scores = [run["exam"][d] for run in runs]
-            row |= {d: spread(scores, 3), d[0] + " " * 9: bar(fmean(scores))}
-        for d in DIRECTIONS:
-            row |= {f"ROUGE {d[0]}": spread([run["exam"]["rouge"][d] for run in runs]),
-                    f"1st {d[0]}": spread([run["ranking"][d]["first"] for run in runs]),
-                    f"known {d[0]}": spread([run["exam"][f"known_{d}"] for run in runs]),
-                    f"was {d[0]}": spread([run["before"][f"known_{d}"] for run in runs])}
-        rows.append(row)
+        scores = {d: [run["exam"][d] for run in runs] for d in DIRECTIONS}
+        both = lambda get: " / ".join(spread([get(run, d) for run in runs]) for d in DIRECTIONS)
+        exact.append(key | {"seeds": str(len(runs))}
+                     | {d: f"{bar(fmean(scores[d]))} {spread(scores[d], 3)}" for d in DIRECTIONS}
+                     | {"known people": both(lambda run, d: run["exam"][f"known_{d}"])})
+        other.append(key | {"ROUGE-1 recall": both(lambda run, d: run["exam"]["rouge"][d]),
+                            "truth is likeliest": both(lambda run, d: run["ranking"][d]["first"]),
+                            "reciprocal rank": both(lambda run, d: run["ranking"][d]["mrr"]),
+                            "known before reading": both(lambda run, d: run["before"][f"known_{d}"])})
     mean = lambda part, name: fmean(result[part][name] for result in results)
     notes = [f"{what}: forward {mean(part, of + 'forward'):.3f}, backward {mean(part, of + 'backward'):.3f}"
              for what, part, of in (("before reading", "before", ""), ("chance", "chance", ""),
                                     ("one fixed answer", "chance", "majority_"))]
-    return "\n".join([aligned(rows), *notes, "1st: how often the true answer is likelier than all others' "
-                      "answers; known, was: known people, now and before reading; f, b: the direction"])
+    return "\n".join([aligned(exact), *notes, "", aligned(other)])
 
 
 def cost(log, axis, name, goal):

@@ -153,7 +153,8 @@ def result(mode, seed, score, **settings):
     chance = dict.fromkeys(("forward", "backward", "majority_forward", "majority_backward"), 0.01)
     settings = {"mode": mode, "paraphrases": "none", "seed": seed, "lr": 0.02} | settings
     return {"settings": settings, "log": log, "before": exam, "exam": exam | {"rouge": exam},
-            "chance": chance, "ranking": dict.fromkeys(("forward", "backward"), {"first": score})}
+            "chance": chance,
+            "ranking": dict.fromkeys(("forward", "backward"), {"first": score, "mrr": score})}
 
 
 def test_seeds_are_averaged_with_their_spread():
@@ -161,8 +162,8 @@ def test_seeds_are_averaged_with_their_spread():
     own."""
     runs = result("ar", 0, 0.4), result("ar", 1, 0.6), result("masked", 0, 0.9)
     table = evaluation.compare(runs).splitlines()
-    assert re.match(r"ar +none +2 +0\.500 ±0\.141", table[1])
-    assert re.match(r"masked +none +1 +0\.900 ", table[2])
+    assert re.match(r"ar +none +2 +█████····· 0\.500 ±0\.141", table[1])
+    assert re.match(r"masked +none +1 +█████████· 0\.900 ", table[2])
     assert "lr" not in table[0] and "chance: forward 0.010" in "\n".join(table)
 
 
@@ -170,7 +171,8 @@ def test_settings_that_differ_are_rows_with_a_column_of_their_own():
     """Runs are never averaged over anything but seed and machine; the flag that differs is shown."""
     runs = result("ar", 0, 0.4, lr=0.01), result("ar", 0, 0.6), result("ar", 1, 0.6, device="mps")
     lines = evaluation.compare(runs).splitlines()
-    assert "lr" in lines[0] and "0.01" in lines[1] and re.search(r"0\.02 +2 +0\.600 ±0\.000", lines[2])
+    assert "lr" in lines[0] and "0.01" in lines[1]
+    assert re.search(r"0\.02 +2 +█+·+ 0\.600 ±0\.000", lines[2])
 
 
 def test_costs_have_a_row_for_each_axis():
