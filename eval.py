@@ -204,8 +204,8 @@ def aligned(rows):
 
 
 def compare(results):
-    """Two tables with a line for each setting, mean ± standard deviation over seeds: exact match of new and of
-    known people; other looks at the same runs. Pairs are forward / backward."""
+    """Two tables with a line for each setting, mean ± standard deviation over seeds: exact match of new and
+    of known people; other looks at the same runs. Pairs are forward / backward."""
     exact, other = [], []
     for key, runs in group(results):
         scores = {d: [run["exam"][d] for run in runs] for d in DIRECTIONS}

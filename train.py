@@ -136,6 +136,8 @@ def open_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
+        for left_behind in folder.glob("*.tmp"):  # by a process that was killed while it wrote
+            left_behind.unlink()
         return lock
     except (OSError, sqlite3.Error) as problem:
         why = "another run is at work there" if "locked" in str(problem) else problem
@@ -211,7 +213,7 @@ def batch(corpus, stage, args, generator):
                       for group, n in counts.items()])
 
 
-def costs(model, clean, inputs, weights):
+def spending(model, clean, inputs, weights):
     """What one step costs on each of the `AXES`: clean and inputs (B, T), weights (B, T)."""
     scored = int((weights > 0).sum())
     return {"documents": int((clean[:, 0] == MARKS.doc).sum()), "tokens": int((inputs != MARKS.pad).sum()),
@@ -323,7 +325,7 @@ def train(args, settings, corpus, model, device, dtype, folder):
             if not math.isfinite(value) or not model.embed.weight.isfinite().all():
                 raise Stop(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} keeps the last good "
                            "state, if one was saved; lower --lr and choose another --out_dir")
-            spent = {"seconds": time.perf_counter() - clock} | costs(model, clean[0], inputs, weights)
+            spent = {"seconds": time.perf_counter() - clock} | spending(model, clean[0], inputs, weights)
             state |= {name: state[name] + amount for name, amount in spent.items()}
             state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
             speed = f"{spent['tokens'] / spent['seconds']:,.0f} tokens/s"

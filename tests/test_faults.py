@@ -55,6 +55,7 @@ def test_twenty_kills_cost_no_result():
     assert len({step for step in steps if 0 < step < 360}) >= 5, steps  # it did die all along the way
     child(CHILD, *flags, "b/run").communicate()
     assert_same_run("a/run", "b/run")
+    assert {path.name for path in Path("b/run").iterdir()} == {"ckpt.pt", "log.jsonl", "result.json", "lock"}
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
