@@ -86,7 +86,7 @@ def parse_args():
     add = parser.add_argument_group("the model").add_argument
     add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks; raise for more people")
     add("--n_head", type=number(int, 1, 1000), default=2, help="attention heads; each gets n_embd / n_head "
-        "channels, best 32 to 128")
+        "channels, an even number")
     add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels; raise for more people")
     add = parser.add_argument_group("training").add_argument
     add("--school_steps", type=number(int, 0, 10**9), default=500, help="steps on known people; 0 for none")
@@ -94,7 +94,7 @@ def parse_args():
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step; lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks; "
         "the embedding always has AdamW")
-    add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; adamw wants .002")
+    add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; .002 for adamw")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matrix products; "
