@@ -110,14 +110,15 @@ RELATIVE = {  # how a backward question names each attribute
 class Arm(NamedTuple):
     """How the documents about one person are written: one value of --paraphrases."""
     texts: int = 1          # texts a person
+    wordings: int = 1       # ways to word a fact, if --wordings does not say
     reorder: bool = False   # the order of the facts changes from text to text
     late: bool = False      # the name may come late: facts before it are told of "He" or "She"
     reverse: bool = False   # each text a second time, its words in reverse order, names and values kept whole
     given: bool = False     # the name is always visible, never masked and never scored
 
 
-ARMS = {"none": Arm(), "same": Arm(texts=5), "shuffled": Arm(texts=5, reorder=True),
-        "permuted": Arm(texts=5, reorder=True, late=True),
+ARMS = {"none": Arm(), "same": Arm(5, 5), "shuffled": Arm(5, 5, reorder=True),
+        "permuted": Arm(5, 5, reorder=True, late=True),
         "reversed": Arm(reverse=True), "given": Arm(given=True)}
 
 
@@ -311,7 +312,7 @@ def main():
     show = lambda title, lines: print(title, *lines, sep="\n    ", end="\n\n")
     show(person.name, (f"{attribute:<11} {value}" for attribute, value in person.facts.items()))
     for arm in ARMS:
-        show(f"--paraphrases {arm}", documents(person, arm, 5, rng))
+        show(f"--paraphrases {arm}", documents(person, arm, ARMS[arm].wordings, rng))
     show("questions", (f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]))
     show("tokens of the last", (f"{i:>4} {TOKENIZER.decode([i])!r}" for i in question_row(*backward[2])[0]))
 

@@ -109,7 +109,7 @@ def parse_args():
         parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
-    left_out = {"mask_ratio": mode.ratio, "wordings": 5 if arm.texts > 1 else 1}
+    left_out = {"mask_ratio": mode.ratio, "wordings": arm.wordings}
     for name, value in left_out.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
