@@ -56,8 +56,9 @@ def rotate(x, cos, sin):
 def attend(q, k, v, visible):
     """softmax(q k^T / sqrt(D)) v over the visible keys, each (B, H, T, D); `visible` None means causal.
 
-    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that is several times faster
-    on a CPU, and the fused kernel of MPS has shown masked positions (pytorch issues 195910, 184180, 181151).
+    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that makes a step on a CPU a
+    third faster (README, notes), and the fused kernel of MPS has shown masked positions (pytorch issues
+    195910, 184180, 181151).
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
