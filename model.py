@@ -1,8 +1,8 @@
 r"""
 One small transformer for all three objectives: pre-norm, rotary positions, tied embeddings.
 
-    x = embed(tokens)                       (B, T, C)
-    x = x + attention(norm(x))              \ n_layer times
+    x = norm(embed(tokens))                 (B, T, C)
+    x = x + attention(norm(x))              \ n_layer times; queries and keys are normed too
     x = x + mlp(norm(x))                    /
     logits = norm(x) @ embed.T              (B, T, V)
 
@@ -11,7 +11,7 @@ masks. The model is not told how much of its input is masked: it can count the m
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128
 
-B rows in a batch, T tokens in a row, C channels, H heads, D = C / H channels a head, V known tokens.
+B rows in a batch, T tokens in a row, C channels, H heads, D = C / H channels a head, V words in all.
 """
 from dataclasses import dataclass
 
