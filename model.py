@@ -71,14 +71,14 @@ def attend(q, k, v, visible):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.causal = config.n_head, config.causal
+        self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, visible):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = rotate(norm(q), *rope), rotate(norm(k), *rope)
+        q, k = (rotate(norm(x), *rope).type_as(v) for x in (q, k))  # autocast may have left them in float32
         y = attend(q, k, v, visible)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
