@@ -26,7 +26,7 @@ def untrained(causal, V=TOKENIZER.n_vocab):
 
 
 class Oracle:
-    """Stands for a model: `decode` and `likelihood` of a Mode that has read the exam's answers."""
+    """Stands for a Mode whose decoder has read the exam's answers, and leaves out the last word of some."""
 
     def __init__(self, corpus, right):
         self.truth = {q: a for pairs in corpus.exams.values() for q, a in pairs}
@@ -34,7 +34,7 @@ class Oracle:
 
     def decode(self, model, tokens, starts, canvas, marks):
         texts = [decode(row[1:start - 1]) for row, start in zip(tokens.tolist(), starts.tolist())]
-        given = [self.truth[text] if self.right(text) else "" for text in texts]
+        given = [self.truth[q] if self.right(q) else " ".join(self.truth[q].split()[:-1]) for q in texts]
         return pad_rows([question_row("", answer) for answer in given])[0][:, -canvas:]
 
 
@@ -62,6 +62,7 @@ def test_exact_match_counts_whole_answers(monkeypatch):
     assert scores["forward"] == pytest.approx(1 / 6) and scores["backward"] == 0.5
     assert scores["forward_by_attribute"] == {a: float(a == "major") for a in ATTRIBUTES}
     assert scores["known_forward"] == scores["known_backward"] == 0
+    assert scores["rouge"]["backward"] == pytest.approx(0.5 + 0.5 * 2 / 3)  # two words of three are worth that
 
 
 def test_rouge_rewards_parts_of_an_answer():
