@@ -121,7 +121,8 @@ def load_checkpoint(path):
     """The dict that train.py saved; a clear end of the program if the file is missing or is not one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-        complete = {"settings", "digest", "model", "optimizers", "generator", "log", *AXES} <= saved.keys()
+        state = {"step", "seconds", "loss", "log", *AXES}
+        complete = {"settings", "digest", "model", "optimizers", "generator"} | state <= saved.keys()
         if not complete or not {*WORLD, *SHAPE, "mode", "dtype"} <= saved["settings"].keys():
             raise ValueError("another version")
         return saved

@@ -267,8 +267,9 @@ def train(args, settings, corpus, model, device, dtype, folder):
             "settings": settings, "digest": corpus.digest, "model": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "generator": generator}, p))
 
-    def save_text(name, text):
-        write(folder / name, lambda p: p.write_text(text, encoding="utf-8"))
+    def save_log():
+        lines = "".join(json.dumps(line) + "\n" for line in state["log"])
+        write(folder / "log.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
 
     optimizers, generator = start_stage(state["step"])
     if saved and saved["optimizers"]:
@@ -299,7 +300,7 @@ def train(args, settings, corpus, model, device, dtype, folder):
                 progress.write(describe(state["log"][-1], corpus, ask))
             if examined or interrupted or time.perf_counter() - saved_at > SAVE_EVERY:
                 save(folder / "ckpt.pt", optimizers, generator.get_state())
-                save_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
+                save_log()
                 saved_at = time.perf_counter()
             if step == total:
                 break
@@ -339,8 +340,9 @@ def train(args, settings, corpus, model, device, dtype, folder):
               "parameters": sum(p.numel() for p in model.parameters()),
               "hardware": gpu or f"{platform.machine()} {device.type}, {torch.get_num_threads()} thread(s)",
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    save_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
-    save_text("result.json", json.dumps(result, indent=1))
+    save_log()  # again, for a run that was killed between its last checkpoint and the log
+    text = json.dumps(result, indent=1)
+    write(folder / "result.json", lambda p: p.write_text(text, encoding="utf-8"))
     return result
 
 

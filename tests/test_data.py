@@ -98,7 +98,7 @@ def test_new_people_are_never_asked_about_in_training(corpus):
 
 
 def test_a_backward_question_fits_one_person():
-    """In a world so crowded that hundreds of triples fit two people, every question asked is held against every
+    """In a world so crowded that hundreds of triples fit two people, each question is held against each
     person, known or new: its three clues fit the one that is the answer and nobody else."""
     corpus = make_corpus(known=1500, new=500, seed=0)
     told = [{RELATIVE[a].format(value) for a, value in person.facts.items()} for person in corpus.people]

@@ -62,7 +62,7 @@ def test_exact_match_counts_whole_answers(monkeypatch):
     assert scores["forward"] == pytest.approx(1 / 6) and scores["backward"] == 0.5
     assert scores["forward_by_attribute"] == {a: float(a == "major") for a in ATTRIBUTES}
     assert scores["known_forward"] == scores["known_backward"] == 0
-    assert scores["rouge"]["backward"] == pytest.approx(0.5 + 0.5 * 2 / 3)  # two words of three are worth that
+    assert scores["rouge"]["backward"] == pytest.approx(0.5 + 0.5 * 2 / 3)  # two of three words
 
 
 def test_rouge_rewards_parts_of_an_answer():

@@ -210,6 +210,8 @@ DAMAGES = {
     "other contents": lambda path: torch.save([1, 2], path),
     "another version": lambda path: torch.save({"settings": {}, "model": {}}, path),
     "code": lambda path: torch.save(Attack(), path), "other weights": change(model={}),
+    "no step": lambda path: torch.save({k: v for k, v in torch.load(path, weights_only=True).items()
+                                        if k != "step"}, path),
     "other corpus": change(digest="0"), "no settings": change(settings={}),
 }
 
