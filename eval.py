@@ -20,13 +20,22 @@ import torch
 from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, decode, encode, make_corpus, pad_rows,
                   question_row)
 from diffusion import MODES
-from model import ModelConfig, Transformer, mixed, pick_machine
+from model import ModelConfig, Transformer, pick_machine
 
-LONGEST = 200                           # tokens of a question that --ask takes
 DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 WORLD = ("known", "new", "paraphrases", "wordings", "seed")     # the settings that make a corpus
 SHAPE = ("n_layer", "n_head", "n_embd")                         # and a model
-AXES = {"documents": 1e3, "tokens": 1e6, "supervised": 1e6, "flops": 1e12}  # of cost, and the unit of each
+AXES = ("documents", "tokens", "supervised", "flops")           # on which the cost of reading is counted
+CHECKPOINT = {"settings", "digest", "model", "optimizers", "generator", "step", "seconds", "loss", "log",
+              "mode", "dtype", *AXES, *WORLD, *SHAPE}           # what a checkpoint and its settings hold
+RESULT = {"settings", "log", "exam", "before", "chance", "ranking", "cost", "mode", "seed"}     # and a result.json
+TABLES = [  # of the comparison: title of a column -> where a result.json keeps it, for each direction
+    {"new people": "exam {}", "known people": "exam known_{}", "known before reading": "before known_{}"},
+    {"before reading": "before {}", "chance": "chance {}", "one fixed answer": "chance majority_{}"},
+    {"ROUGE-1 recall": "exam rouge {}", "truth is likeliest": "ranking {} first",
+     "reciprocal rank": "ranking {} mrr", "its chance": "ranking {} chance_mrr"},
+]
+COSTS = [{f"{axis} to .5": f"cost {axis} {{}} half", f"{axis} to 95 %": f"cost {axis} {{}} own"} for axis in AXES]
 
 
 def fail(message):
@@ -39,13 +48,12 @@ def fail(message):
 # The exam
 
 
-def answers(model, mode, questions, device, dtype, batch=256, **watch):
+def answers(model, mode, questions, batch=256, **watch):
     """Greedy answers (list of str) to questions (list of str). Every question gets the same canvas."""
-    result = []
+    result, device = [], model.embed.weight.device
     for i in range(0, len(questions), batch):
         tokens, starts = pad_rows([question_row(q) for q in questions[i:i + batch]])
-        with mixed(device, dtype):
-            out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, **watch)
+        out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, **watch)
         result += [decode(ids) for ids in out.tolist()]
     return result
 
@@ -58,11 +66,11 @@ def rouge(answer, truth):
     return (Counter(answer.split()) & Counter(truth.split())).total() / len(truth.split())
 
 
-def exam(model, mode, corpus, device, dtype):
+def exam(model, mode, corpus):
     """Exact match and ROUGE-1 recall in each of the corpus's exams; forward exact match by attribute."""
     scores, n = {"rouge": {}}, len(ATTRIBUTES)
     for name, pairs in corpus.exams.items():
-        given = answers(model, mode, [question for question, _ in pairs], device, dtype)
+        given = answers(model, mode, [question for question, _ in pairs])
         right = [a == truth for a, (_, truth) in zip(given, pairs)]
         scores[name] = fmean(right)
         scores["rouge"][name] = fmean(rouge(a, truth) for a, (_, truth) in zip(given, pairs))
@@ -71,21 +79,20 @@ def exam(model, mode, corpus, device, dtype):
     return scores
 
 
-def ranking(model, mode, corpus, device, dtype, asked=100):
+def ranking(model, mode, corpus, asked=100):
     """Without any decoding: is the true answer likelier than the answers of the other new people?
 
     -> {direction: {"first": how often it is the likeliest, "mrr": the mean of 1 / its rank, and both as
     chance gives them}}, over a fixed sample of the exam's questions.
     """
-    result = {}
+    result, device = {}, model.embed.weight.device
     for direction, kinds in zip(DIRECTIONS, (len(ATTRIBUTES), 1)):
         pairs, ranks, sizes = corpus.exams[direction], [], []
         for i in random.Random(0).sample(range(len(pairs)), min(asked, len(pairs))):
             question, truth = pairs[i]
             candidates = sorted({answer for _, answer in pairs[i % kinds::kinds]})  # of the same kind
             tokens, starts = pad_rows([question_row(question, answer) for answer in candidates])
-            with mixed(device, dtype):
-                p = MODES[mode].likelihood(model, tokens.to(device), starts.to(device), MARKS)
+            p = MODES[mode].likelihood(model, tokens.to(device), starts.to(device), MARKS)
             true = p[candidates.index(truth)]
             ranks.append(((p > true).sum() + ((p == true).sum() + 1) / 2).item())  # equals share their ranks
             sizes.append(len(candidates))
@@ -106,6 +113,24 @@ def chance(corpus):
             "majority_backward": most(corpus.exams["backward"])}
 
 
+def cost(log, axis, direction, goal):
+    """What reading had cost on an axis when the score first reached `goal`, on a straight line between two
+    exams of the log; 0 if the first exam did, None if none did."""
+    points = [(line[axis] - log[0][axis], line[direction]) for line in log]
+    for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
+        if y1 >= goal:
+            return x1 if y1 == y0 else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
+
+
+def costs(log):
+    """{axis: {direction: what it cost to score .5 ("half") and 95 % of the run's own last score ("own")}}.
+
+    "own" is at least .05: a run that knows nothing would get to its own score at once.
+    """
+    return {axis: {d: {"half": cost(log, axis, d, 0.5), "own": cost(log, axis, d, max(0.05, 0.95 * log[-1][d]))}
+                   for d in DIRECTIONS} for axis in AXES}
+
+
 # -----------------------------------------------------------------------------
 # Runs on disk
 
@@ -114,22 +139,28 @@ def make_world(settings):
     """The corpus and the untrained model that the settings of a run describe; ValueError if there is none."""
     corpus = make_corpus(*(settings[k] for k in WORLD))
     sizes, causal = [settings[k] for k in SHAPE], MODES[settings["mode"]].causal
-    return corpus, Transformer(ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad))
+    return corpus, Transformer(ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad, settings["dtype"]))
+
+
+def read(path, load, needed):
+    """The dict that `load` finds at `path`, if it and its settings have all the keys that are needed."""
+    try:
+        saved = load(path)
+        if needed <= {*saved, *saved["settings"]}:
+            return saved
+    except Exception:  # there is no end to what a damaged file can raise
+        pass
+    fail(f"{path} is missing, cut short or of another version: delete what is there, then train (again)")
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved; a clear end of the program if the file is missing or is not one."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-        state = {"step", "seconds", "loss", "log", *AXES}
-        complete = {"settings", "digest", "model", "optimizers", "generator"} | state <= saved.keys()
-        if not complete or not {*WORLD, *SHAPE, "mode", "dtype"} <= saved["settings"].keys():
-            raise ValueError("another version")
-        return saved
-    except OSError as problem:
-        fail(f"{path} is missing or cannot be read ({problem.strerror}): train first, or name another folder")
-    except Exception:
-        fail(f"{path} is cut short, of another version or no checkpoint at all: delete it and train again")
+    """The dict that train.py saved; never runs code from the file."""
+    return read(path, lambda p: torch.load(p, map_location="cpu", weights_only=True), CHECKPOINT)
+
+
+def load_result(path):
+    """The dict in a result.json that train.py wrote."""
+    return read(path, lambda p: json.loads(p.read_text(encoding="utf-8")), RESULT)
 
 
 def restore(saved, corpus, model, path):
@@ -142,17 +173,6 @@ def restore(saved, corpus, model, path):
         fail(f"{path} holds the weights of another model than model.py now makes: train again")
 
 
-def read_result(path):
-    """The dict in a result.json that train.py wrote; a clear end of the program if it is not one."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if {"settings", "log", "exam", "before", "chance", "ranking"} <= result.keys():
-            return result
-    except (OSError, ValueError, AttributeError):
-        pass
-    fail(f"{path} is cut short, of another version or no result at all: delete it, then repeat with --resume")
-
-
 # -----------------------------------------------------------------------------
 # Tables
 
@@ -163,17 +183,22 @@ def bar(share, width=10):
     return "█" * full + "·" * (width - full)
 
 
+def look_up(result, place):
+    """One number of a result: look_up(result, "exam rouge forward") is result["exam"]["rouge"]["forward"]."""
+    for key in place.split():
+        result = result[key]
+    return result
+
+
 def report(result):
     """The table at the end of a run: new people beside known people, the start and chance."""
-    exam = result["exam"]
     lines = [f"{'exact match':<18}{'name -> attribute':<22}attributes -> name"]
-    for label, scores in (("new people", exam), ("  before reading", result["before"]),
-                          ("  chance", result["chance"]), ("  ROUGE-1 recall", exam["rouge"]),
-                          ("known people", {d: exam[f"known_{d}"] for d in DIRECTIONS})):
-        f, b = (scores[d] for d in DIRECTIONS)
+    for label, place in (("new people", "exam {}"), ("  before reading", "before {}"), ("  chance", "chance {}"),
+                         ("  ROUGE-1 recall", "exam rouge {}"), ("known people", "exam known_{}")):
+        f, b = (look_up(result, place.format(d)) for d in DIRECTIONS)
         lines.append(f"{label:<18}{f:.2f} {bar(f)}       {b:.2f} {bar(b)}")
-    each = "  ".join(f"{name} {share:.2f}" for name, share in exam["forward_by_attribute"].items())
-    return "\n".join(lines + [f"forward, by attribute: {each}"])
+    each = "  ".join(f"{name} {share:.2f}" for name, share in result["exam"]["forward_by_attribute"].items())
+    return "\n".join([*lines, f"forward, by attribute: {each}"])
 
 
 def group(results):
@@ -189,12 +214,11 @@ def group(results):
             for key, runs in zip(keys, groups.values())]
 
 
-def spread(values, digits=2):
-    """Mean ± standard deviation: spread([.4, .6]) = '0.50 ±0.14'; '-' if a value is None."""
+def spread(values):
+    """Mean ± standard deviation: spread([.4, .6]) = '0.5 ±0.141'; '-' if a value is None."""
     if None in values:
         return "-"
-    deviation = f" ±{stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
+    return f"{fmean(values):.3g}" + (f" ±{stdev(values):.3g}" if len(values) > 1 else "")
 
 
 def aligned(rows):
@@ -204,53 +228,29 @@ def aligned(rows):
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in cells)
 
 
-def compare(results):
-    """Two tables with a line for each setting, mean ± standard deviation over seeds: exact match of new and
-    of known people; other looks at the same runs. Pairs are forward / backward."""
-    exact, other = [], []
+def compare(results, tables):
+    """Tables with a line for each setting, mean ± standard deviation over seeds: bars of the exact match of
+    new people, then the columns of `tables` (TABLES or COSTS), each as forward / backward."""
+    bars, more = [], [[] for _ in tables]
     for key, runs in group(results):
-        scores = {d: [run["exam"][d] for run in runs] for d in DIRECTIONS}
-        both = lambda get: " / ".join(spread([get(run, d) for run in runs]) for d in DIRECTIONS)
-        exact.append(key | {"seeds": str(len(runs))}
-                     | {d: f"{bar(fmean(scores[d]))} {spread(scores[d], 3)}" for d in DIRECTIONS}
-                     | {"known people": both(lambda run, d: run["exam"][f"known_{d}"])})
-        other.append(key | {"ROUGE-1 recall": both(lambda run, d: run["exam"]["rouge"][d]),
-                            "truth is likeliest": both(lambda run, d: run["ranking"][d]["first"]),
-                            "reciprocal rank": both(lambda run, d: run["ranking"][d]["mrr"]),
-                            "known before reading": both(lambda run, d: run["before"][f"known_{d}"])})
-    mean = lambda part, name: fmean(result[part][name] for result in results)
-    notes = [f"{what}: forward {mean(part, of + 'forward'):.3f}, backward {mean(part, of + 'backward'):.3f}"
-             for what, part, of in (("before reading", "before", ""), ("chance", "chance", ""),
-                                    ("one fixed answer", "chance", "majority_"))]
-    return "\n".join([aligned(exact), *notes, "", aligned(other)])
-
-
-def cost(log, axis, name, goal):
-    """What reading had cost on an axis of the log when the score `name` first reached `goal`, on a straight
-    line between two exams; 0 if the first exam did, None if none did."""
-    points = [(line[axis] - log[0][axis], line[name]) for line in log]
-    for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
-        if y1 >= goal:
-            return x1 if y1 == y0 else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
-
-
-def costs(results):
-    """One line for each setting and axis: what reading cost to score .5, and 95 % of its own last score (or
-    .05, if that is more: a run that knows nothing gets there at once)."""
-    rows = []
-    for key, runs in group(results):
-        for axis, unit in AXES.items():
-            row = key | {"cost": f"{axis} / {unit:.0e}"}
-            for d in DIRECTIONS:
-                goals = {"to .5": lambda last: 0.5, "to 95 %": lambda last: max(0.05, 0.95 * last)}
-                for title, goal in goals.items():
-                    values = [cost(run["log"], axis, d, goal(run["log"][-1][d])) for run in runs]
-                    row[f"{d} {title}"] = spread([value and value / unit for value in values])
-            rows.append(row)
-    return aligned(rows)
+        values = lambda place, d: [look_up(run, place.format(d)) for run in runs]
+        scores = {d: values("exam {}", d) for d in DIRECTIONS}
+        bars.append(key | {"seeds": str(len(runs))}
+                    | {d: f"{bar(fmean(score))} {spread(score)}" for d, score in scores.items()})
+        for rows, columns in zip(more, tables):
+            rows.append(key | {title: " / ".join(spread(values(place, d)) for d in DIRECTIONS)
+                               for title, place in columns.items()})
+    return "\n\n".join(map(aligned, (bars, *more)))
 
 
 # -----------------------------------------------------------------------------
+
+
+def question(text):
+    """An argparse type: a question that is neither empty nor longer than 200 tokens."""
+    if not text.strip() or len(encode(text)) > 200:
+        raise argparse.ArgumentTypeError(f"{len(encode(text)):,} tokens: ask something, in at most 200")
+    return text
 
 
 def main():
@@ -259,7 +259,7 @@ def main():
     add = parser.add_argument
     add("run", nargs="?", help="folder of one run, such as out/masked-none-seed0; left out, all are compared")
     add("--costs", action="store_true", help="compare what the runs cost instead of what they know")
-    add("--ask", metavar="QUESTION", help="let the run answer a question in the exam's wording")
+    add("--ask", type=question, help="let the run answer a question in the exam's wording")
     add("--show", action="store_true", help="print each step of a diffusion run's answer, to --ask or to one "
         "question of each direction")
     add("--out", default="out", help="where to look for runs to compare (default: out)")
@@ -268,43 +268,38 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
 
     if args.run is None:
-        if args.ask is not None or args.show:
-            fail("--ask and --show need a run folder: python eval.py out/RUN --ask \"...\"")
-        results = [read_result(path) for path in sorted(Path(args.out).glob("*/result.json"))]
+        if args.ask or args.show:
+            parser.error("--ask and --show need a run folder: python eval.py out/RUN --ask \"...\"")
+        results = [load_result(path) for path in sorted(Path(args.out).glob("*/result.json"))]
         if not results:
             fail(f"no finished run under {args.out}/: start with python train.py --mode masked")
-        return print(costs(results) if args.costs else compare(results))
+        return print(compare(results, COSTS if args.costs else TABLES))
     if args.costs:
-        fail("--costs compares all runs: leave the run folder out")
-    if args.ask is not None and not args.ask.strip():
-        fail("--ask is empty: put a question between quotes")
-    if args.ask and len(encode(args.ask)) > LONGEST:
-        fail(f"--ask is {len(encode(args.ask)):,} tokens long: ask in at most {LONGEST}")
+        parser.error("--costs compares all runs: leave the run folder out")
 
     path = Path(args.run) / "ckpt.pt"
     saved = load_checkpoint(path)
     mode = saved["settings"]["mode"]
+    if args.show and MODES[mode].causal:
+        fail(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
     try:
-        device, dtype, _ = pick_machine(args.device, saved["settings"]["dtype"])
+        device, _, _ = pick_machine(args.device)
         corpus, model = make_world(saved["settings"])
     except ValueError as problem:
         fail(problem)
     restore(saved, corpus, model.to(device), path)
 
     if args.show:
-        if MODES[mode].causal:
-            fail(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
-        for question in [args.ask] if args.ask else [corpus.exams[d][0][0] for d in DIRECTIONS]:
-            watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
-            print(question)
-            answers(model, mode, [question], device, dtype, watch=watch)
+        watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
+        for asked in [args.ask] if args.ask else [corpus.exams[d][0][0] for d in DIRECTIONS]:
+            print(asked)
+            answers(model, mode, [asked], watch=watch)
     elif args.ask:
-        print(answers(model, mode, [args.ask], device, dtype)[0])
+        print(answers(model, mode, [args.ask])[0])
     elif not saved["log"]:
         fail(f"{args.run} has not come to its first exam: go on with its command and --resume")
     else:
-        print(report({"exam": exam(model, mode, corpus, device, dtype), "before": saved["log"][0],
-                      "chance": chance(corpus)}))
+        print(report({"exam": exam(model, mode, corpus), "before": saved["log"][0], "chance": chance(corpus)}))
 
 
 if __name__ == "__main__":

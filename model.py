@@ -28,6 +28,7 @@ class ModelConfig:
     n_embd: int
     causal: bool = True     # does position t see only positions up to t?
     pad: int = 0            # the token that fills rows up: nothing attends to it
+    dtype: str = "float32"  # of the matrix products; weights, loss and optimizer are float32 in any case
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head):
@@ -133,8 +134,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, at=None):
         """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` is true."""
-        x = self.trunk(tokens)
-        return F.linear(x if at is None else x[at], self.embed.weight)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            x = self.trunk(tokens)
+            return F.linear(x if at is None else x[at], self.embed.weight)
 
     def flops(self, B, T, scored):
         """Floating-point operations of one training step on (B, T) rows with `scored` scored positions.
@@ -147,31 +149,16 @@ class Transformer(nn.Module):
         return 3 * (B * T * self.config.n_layer * (2 * 12 * C * C + 2 * 2 * T * C) + scored * 2 * V * C)
 
 
-# -----------------------------------------------------------------------------
-# The machine
-
-
 def pick_machine(device="auto", dtype="auto"):
-    """Names, or 'auto' for the best there is -> (torch.device, torch.dtype of matrix products, the reasons).
-
-    Weights stay float32 in any case. ValueError if torch cannot use the device here.
-    """
+    """Names, or 'auto' for the best there is -> (device, dtype, why), all str. ValueError if not to be had."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     best = next(name for name in found if found[name])
-    why = "asked for" if device != "auto" else "no GPU was found" if best == "cpu" else "a GPU was found"
-    try:
-        device = torch.zeros(1, device=best if device == "auto" else device).device
-        if device.type not in found:
-            raise RuntimeError
-    except (RuntimeError, AssertionError, NotImplementedError):
+    if not found.get(best if device == "auto" else device):
         raise ValueError(f"--device {device} cannot be used here: take {best}, or auto")
+    why = "asked for" if device != "auto" else "no GPU was found" if best == "cpu" else "a GPU was found"
+    device = best if device == "auto" else device
     fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}[device.type]()
+            "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}[device]()
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
-    return device, getattr(torch, dtype), f"{why}; bfloat16 is {'' if fast else 'not '}fast here"
-
-
-def mixed(device, dtype):
-    """The context in which a model runs: matrix products in `dtype`; weights, loss, optimizer in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return device, dtype, f"{why}; bfloat16 is {'' if fast else 'not '}fast here"

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from data import ARMS, MARKS
 from diffusion import MODES, loss
-from eval import (AXES, answers, chance, exam, fail, load_checkpoint, make_world, ranking, read_result,
+from eval import (AXES, answers, chance, costs, exam, fail, load_checkpoint, load_result, make_world, ranking,
                   report, restore)
-from model import mixed, pick_machine
+from model import pick_machine
 
 EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
 WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are known (README, notes)
@@ -42,10 +42,6 @@ NEW_SHARE = 0.6         # of the documents in reading are about new people, the 
 EXAMS = 10              # during reading, closer together at its start
 SAVE_EVERY = 60         # seconds between two checkpoints, if no exam comes first
 BASES = Path("out/bases")
-
-
-class Stop(Exception):
-    """The run ends here, with a message for the person who started it."""
 
 
 def number(kind, low, high):
@@ -85,15 +81,13 @@ def parse_args():
     add("--seed", type=number(int, 0, 2**31), default=0, help="another number, another world and model")
     add = parser.add_argument_group("the model").add_argument
     add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks; raise for more people")
-    add("--n_head", type=number(int, 1, 1000), default=2, help="attention heads; each gets n_embd / n_head "
-        "channels, an even number")
+    add("--n_head", type=number(int, 1, 1000), default=2, help="must split n_embd into even parts")
     add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels; raise for more people")
     add = parser.add_argument_group("training").add_argument
     add("--school_steps", type=number(int, 0, 10**9), default=500, help="steps on known people; 0 for none")
     add("--steps", type=number(int, 1, 10**9), default=1500, help="steps of reading; raise if scores rise")
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step; lower if out of memory")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks; "
-        "the embedding always has AdamW")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks")
     add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; .002 for adamw")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
@@ -104,12 +98,12 @@ def parse_args():
     add("--resume", action="store_true", help="go on with the run in the folder; start it if there is none")
     args = parser.parse_args()
 
-    mode, arm = MODES[args.mode], ARMS[args.paraphrases]
+    mode = MODES[args.mode]
     if args.mask_ratio is not None and mode.ratio is None:
         parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
-    left_out = {"mask_ratio": mode.ratio, "wordings": arm.wordings}
+    left_out = {"mask_ratio": mode.ratio, "wordings": ARMS[args.paraphrases].wordings}
     for name, value in left_out.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -127,21 +121,25 @@ def parse_args():
 # The run folder: one process at a time, and no file is ever half written
 
 
-def open_folder(folder):
-    """Make the folder and lock it until this process ends, however it ends. The lock must be kept alive.
+class Stop(Exception):
+    """The run ends here, with a message for the person who started it."""
+
+
+def lock(folder):
+    """Make the folder and lock it until the returned object is closed or this process ends, however it ends.
 
     SQLite locks a file on every system, and the system lets go of it when the process is killed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
-        lock.execute("BEGIN EXCLUSIVE")
+        database = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+        database.execute("BEGIN EXCLUSIVE")
         for left_behind in folder.glob("*.tmp"):  # by a process that was killed while it wrote
             left_behind.unlink()
-        return lock
+        return contextlib.closing(database)
     except (OSError, sqlite3.Error) as problem:
         why = "another run is at work there" if "locked" in str(problem) else problem
-        fail(f"{folder} cannot be used ({why}): choose another --out_dir")
+        raise Stop(f"{folder} cannot be used ({why}): choose another --out_dir")
 
 
 def write(path, save):
@@ -157,19 +155,31 @@ def write(path, save):
                    "the command with --resume")
 
 
-def find_start(folder, base, settings, resume):
-    """(path, checkpoint) to go on from: the run's own, else a base that fits, else (None, None)."""
-    own = folder / "ckpt.pt"
-    if not own.exists():
-        return (base, load_checkpoint(base)) if settings["school_steps"] and base.exists() else (None, None)
+def write_lines(path, dicts, **style):
+    """Write each dict as a line of JSON."""
+    text = "".join(json.dumps(one, **style) + "\n" for one in dicts)
+    write(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def check_resume(folder, settings, resume):
+    """Refuse a folder whose run has other settings, or that holds a run which nobody asked to go on with."""
     if not resume:
-        fail(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
-    saved = load_checkpoint(own)
+        raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
+    before = load_checkpoint(folder / "ckpt.pt")["settings"]
     for name, value in settings.items():
-        if saved["settings"].get(name) != value:
-            fail(f"{folder} was trained with --{name} {saved['settings'].get(name)}, not {value}: give the "
-                 "same value, or another --out_dir")
-    return own, saved
+        if before.get(name) != value:
+            raise Stop(f"{folder} was trained with --{name} {before.get(name)}, not {value}: give the same "
+                       "value, or another --out_dir")
+
+
+def base_path(settings, corpus):
+    """The file that school saves, named after all that school depends on: no other run takes it by mistake."""
+    school = MODES[settings["mode"]].school
+    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio")
+    schooling = {k: v for k, v in settings.items() if k not in reading}
+    schooling |= {"mode": school, "mask_ratio": MODES[school].ratio and settings["mask_ratio"],
+                  "corpus": corpus.digest, "torch": torch.__version__}
+    return BASES / f"{hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]}.pt"
 
 
 # -----------------------------------------------------------------------------
@@ -191,9 +201,9 @@ def schedule(step, steps):
     return min((step + 1) / (0.02 * steps + 1), 1 - step / steps)
 
 
-def exam_steps(school_steps, steps):
-    """The end of school, the end of reading, and points between, closer together at the start."""
-    return {school_steps + round(steps * (i / EXAMS) ** 1.5) for i in range(EXAMS + 1)}
+def exam_steps(steps):
+    """The start of reading, its end, and points between, closer together at the start."""
+    return {round(steps * (i / EXAMS) ** 1.5) for i in range(EXAMS + 1)}
 
 
 def batch(corpus, stage, args, generator):
@@ -222,7 +232,7 @@ def spending(model, clean, inputs, weights):
 
 def describe(line, corpus, ask):
     """The scores of one exam in a line, then a known and a new question with the answer that `ask` gives."""
-    text = ["{stage} {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
+    text = ["step {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
             "{known_forward:.2f} backward {known_backward:.2f}".format(**line)]
     for question, truth in (corpus.exams["known_backward"][0], corpus.exams["backward"][0]):
         text.append(f"    {question} -> {ask(question)} [{truth}]")
@@ -232,47 +242,21 @@ def describe(line, corpus, ask):
 # -----------------------------------------------------------------------------
 
 
-def train(args, settings, corpus, model, device, dtype, folder):
-    """School and reading in the locked run folder -> the result, as it is written there too."""
-    rows, starts = corpus.rows.to(device), corpus.starts.to(device)
-    school = MODES[args.mode].school
-    total, exams = args.school_steps + args.steps, exam_steps(args.school_steps, args.steps)
+def train(stage, mode, steps, state, path, args, corpus, model):
+    """One stage, "school" or "reading": from `state`, or from the checkpoint at `path` if there is one.
 
-    # A base is named after all that school depends on, so that no other run can take it by mistake.
-    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio")
-    schooling = {k: v for k, v in settings.items() if k not in reading}
-    schooling |= {"mode": school, "mask_ratio": MODES[school].ratio and args.mask_ratio,
-                  "corpus": corpus.digest, "torch": torch.__version__}
-    base = BASES / f"{hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]}.pt"
-
-    # What a checkpoint holds besides weights and optimizers: where the run is, and what it has spent so far.
-    state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
-    path, saved = find_start(folder, base, settings, args.resume)
+    Optimizers and generator are fresh at its start, so that a base which is reused changes nothing. Returns
+    the state at its end: the step, what was spent, the running loss and the log of exams.
+    """
+    rows, starts = corpus.rows.to(args.device), corpus.starts.to(args.device)
+    optimizers = make_optimizers(model, args.optimizer, args.lr)
+    generator = torch.Generator().manual_seed(2 * args.seed + (stage == "reading"))
+    exams = exam_steps(steps) if stage == "reading" else ()
+    saved = load_checkpoint(path) if path.exists() else None
     if saved:
+        print(f"{stage} goes on from {path} at step {saved['step']:,} of {steps:,}")
         restore(saved, corpus, model, path)
         state = {k: saved[k] for k in state}
-        print(f"going on from {path} at step {state['step']}")
-    if state["step"] == total and (folder / "result.json").exists():
-        return read_result(folder / "result.json")
-    if args.compile:
-        model.trunk = torch.compile(model.trunk, dynamic=True)
-
-    def start_stage(step):
-        """Fresh optimizers and a fresh generator for each stage: a base that is reused changes nothing."""
-        generator = torch.Generator().manual_seed(2 * args.seed + (step >= args.school_steps))
-        return make_optimizers(model, args.optimizer, args.lr), generator
-
-    def save(path, optimizers=(), generator=None):
-        write(path, lambda p: torch.save(state | {
-            "settings": settings, "digest": corpus.digest, "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "generator": generator}, p))
-
-    def save_log():
-        lines = "".join(json.dumps(line) + "\n" for line in state["log"])
-        write(folder / "log.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
-
-    optimizers, generator = start_stage(state["step"])
-    if saved and saved["optimizers"]:
         generator.set_state(saved["generator"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
@@ -284,65 +268,80 @@ def train(args, settings, corpus, model, device, dtype, folder):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, interrupt)
 
-    with tqdm(total=total, initial=state["step"], unit="step", dynamic_ncols=True) as progress:
-        for step in range(state["step"], total + 1):
-            state["step"] = step
-            stage, mode = ("school", school) if step < args.school_steps else ("reading", args.mode)
-            if step == args.school_steps:
-                if step and not base.exists():
-                    save(base)
-                optimizers, generator = start_stage(step)
-            examined = step in exams and not (state["log"] and state["log"][-1]["step"] == step)
-            if examined:
-                line = {"stage": stage} | {k: state[k] for k in state if k != "log"}
-                state["log"].append(line | exam(model, mode, corpus, device, dtype))
-                ask = lambda question: answers(model, mode, [question], device, dtype)[0]
-                progress.write(describe(state["log"][-1], corpus, ask))
-            if examined or interrupted or time.perf_counter() - saved_at > SAVE_EVERY:
-                save(folder / "ckpt.pt", optimizers, generator.get_state())
-                save_log()
-                saved_at = time.perf_counter()
-            if step == total:
-                break
-            if interrupted:
-                raise Stop(f"stopped at step {step}, nothing is lost: --resume goes on from here")
+    def examine():
+        line = {"stage": stage} | {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus)
+        state["log"].append(line)
+        progress.write(describe(line, corpus, lambda question: answers(model, mode, [question])[0]))
 
+    def save():
+        if stage == "reading":  # the log first: a run that goes on writes it anew from its checkpoint
+            write_lines(path.with_name("log.jsonl"), state["log"])
+        write(path, lambda p: torch.save(state | {
+            "settings": vars(args), "digest": corpus.digest, "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "generator": generator.get_state()}, p))
+
+    with tqdm(total=steps, initial=state["step"], desc=stage, unit="step", dynamic_ncols=True) as progress:
+        if 0 in exams and not saved:
+            examine()
+        while state["step"] < steps:
             # one step of training: all that the objectives share
             clock = time.perf_counter()
-            first, steps = (0, args.school_steps) if stage == "school" else (args.school_steps, args.steps)
             for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
-                optimizer.param_groups[0]["lr"] = peak * schedule(step - first, steps)
-            index = batch(corpus, stage, args, generator).to(device)
+                optimizer.param_groups[0]["lr"] = peak * schedule(state["step"], steps)
+            index = batch(corpus, stage, args, generator).to(args.device)
             clean = rows[index], starts[index], MARKS
             inputs, targets, weights = MODES[mode].objective(*clean, args.mask_ratio, generator)
-            with mixed(device, dtype):
-                value = loss(model, inputs, targets, weights)
+            value = loss(model, inputs, targets, weights)
             value.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
+            # what it cost, what it brought
             value = value.item()
             if not math.isfinite(value) or not model.embed.weight.isfinite().all():
-                raise Stop(f"the loss is {value} at step {step}: {folder / 'ckpt.pt'} keeps the last good "
-                           "state, if one was saved; lower --lr and choose another --out_dir")
+                raise Stop(f"the loss is {value} at step {state['step']} of {stage}: {path} keeps the last "
+                           "good state, if one was saved; lower --lr and choose another --out_dir")
             spent = {"seconds": time.perf_counter() - clock} | spending(model, clean[0], inputs, weights)
-            state |= {name: state[name] + amount for name, amount in spent.items()}
-            state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
+            state |= {name: state[name] + amount for name, amount in spent.items()} | {
+                "step": state["step"] + 1,
+                "loss": value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value}
             speed = f"{spent['tokens'] / spent['seconds']:,.0f} tokens/s"
-            progress.set_description(stage, refresh=False)
             progress.set_postfix_str(f"loss {state['loss']:.3f}, {speed}", refresh=False)
             progress.update()
 
-    gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
-    result = {"settings": settings, "exam": state["log"][-1], "before": state["log"][0], "log": state["log"],
-              "chance": chance(corpus), "ranking": ranking(model, args.mode, corpus, device, dtype),
+            ends = state["step"] == steps
+            if state["step"] in exams:
+                examine()
+            if ends or interrupted or state["step"] in exams or time.perf_counter() - saved_at > SAVE_EVERY:
+                save()
+                saved_at = time.perf_counter()
+            if interrupted and not ends:
+                raise Stop(f"stopped at step {state['step']} of {stage}, nothing is lost: --resume goes on")
+    return state
+
+
+def run(args, folder, resume, corpus, model):
+    """School, reading and the result of one run; its folder is locked."""
+    path, finished = folder / "ckpt.pt", folder / "result.json"
+    if path.exists():
+        check_resume(folder, vars(args), resume)
+    if args.compile:
+        model.trunk = torch.compile(model.trunk, dynamic=True)
+    state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
+    if args.school_steps and not path.exists():
+        school, base = MODES[args.mode].school, base_path(vars(args), corpus)
+        state = train("school", school, args.school_steps, state | {}, base, args, corpus, model) | {"step": 0}
+    log = train("reading", args.mode, args.steps, state, path, args, corpus, model)["log"]
+    if finished.exists():
+        return load_result(finished)
+    gpu = args.device == "cuda" and torch.cuda.get_device_name()
+    result = {"settings": vars(args), "exam": log[-1], "before": log[0], "log": log, "cost": costs(log),
+              "chance": chance(corpus), "ranking": ranking(model, args.mode, corpus),
               "parameters": sum(p.numel() for p in model.parameters()),
-              "hardware": gpu or f"{platform.machine()} {device.type}, {torch.get_num_threads()} thread(s)",
+              "hardware": gpu or f"{platform.machine()} {args.device}, {torch.get_num_threads()} thread(s)",
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    save_log()  # again, for a run that was killed between its last checkpoint and the log
-    text = json.dumps(result, indent=1)
-    write(folder / "result.json", lambda p: p.write_text(text, encoding="utf-8"))
+    write_lines(finished, [result], indent=1)
     return result
 
 
@@ -350,25 +349,24 @@ def main():
     args = parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
-    settings = {k: v for k, v in vars(args).items() if k not in ("out_dir", "resume")}
-    settings |= {"embedding_lr": EMBEDDING_LR, "weight_decay": WEIGHT_DECAY, "question_share": QUESTION_SHARE,
-                 "new_share": NEW_SHARE}
-    folder, arm = Path(args.out_dir), ARMS[args.paraphrases]
+    settings = vars(args) | {"embedding_lr": EMBEDDING_LR, "weight_decay": WEIGHT_DECAY,
+                             "question_share": QUESTION_SHARE, "new_share": NEW_SHARE}
+    folder, resume = Path(settings.pop("out_dir")), settings.pop("resume")
+    args = argparse.Namespace(**settings)
     try:
         try:
-            device, dtype, why = pick_machine(args.device, args.dtype)
-            settings |= {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-            corpus, model = make_world(settings)
+            args.device, args.dtype, why = pick_machine(args.device, args.dtype)
+            corpus, model = make_world(vars(args))
         except ValueError as problem:
             raise Stop(problem)
-        torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
-        model.initialize(torch.Generator().manual_seed(args.seed)).to(device)
-        with contextlib.closing(open_folder(folder)):
-            print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-                  f"{settings['dtype']} on {device.type} ({why})")
-            print(f"{args.known} known and {args.new} new people, {arm.texts * (1 + arm.reverse)} text(s) "
-                  f"each; writing to {folder}")
-            print(report(train(args, settings, corpus, model, device, dtype, folder)))
+        torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
+        model.initialize(torch.Generator().manual_seed(args.seed)).to(args.device)
+        with lock(folder):
+            print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype} on "
+                  f"{args.device} ({why})")
+            print(f"{args.known} known and {args.new} new people, "
+                  f"{len(corpus.groups['new_documents']) // args.new} text(s) each; writing to {folder}")
+            print(report(run(args, folder, resume, corpus, model)))
     except Stop as reason:
         fail(reason)
     except (MemoryError, RuntimeError) as problem:

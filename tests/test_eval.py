@@ -13,7 +13,6 @@ from data import ATTRIBUTES, CANVAS, MARKS, TOKENIZER, decode, make_corpus, pad_
 from diffusion import MODES, likelihood_ar, likelihood_diffusion
 from model import ModelConfig, Transformer
 
-CPU = torch.device("cpu"), torch.float32
 CORPUS = make_corpus(known=6, new=5, wordings=1, seed=0)
 
 
@@ -43,12 +42,12 @@ def test_neither_batch_size_nor_order_changes_an_answer(mode):
     """All questions of an exam, alone, seven at a time, at once, and shuffled: the same answer to each."""
     model = untrained(MODES[mode].causal)
     questions = [q for pairs in CORPUS.exams.values() for q, _ in pairs]
-    at_once = evaluation.answers(model, mode, questions, *CPU)
+    at_once = evaluation.answers(model, mode, questions)
     assert len(set(at_once)) > 1
     for batch in (1, 7):
-        assert evaluation.answers(model, mode, questions, *CPU, batch=batch) == at_once
+        assert evaluation.answers(model, mode, questions, batch=batch) == at_once
     order = random.Random(0).sample(range(len(questions)), len(questions))
-    shuffled = evaluation.answers(model, mode, [questions[i] for i in order], *CPU)
+    shuffled = evaluation.answers(model, mode, [questions[i] for i in order])
     assert shuffled == [at_once[i] for i in order]
 
 
@@ -58,7 +57,7 @@ def test_exact_match_counts_whole_answers(monkeypatch):
     half = {q for q, _ in CORPUS.exams["backward"][::2]}
     oracle = Oracle(CORPUS, lambda q: q in half or "the major of" in q and q in dict(CORPUS.exams["forward"]))
     monkeypatch.setitem(MODES, "ar", oracle)
-    scores = evaluation.exam(None, "ar", CORPUS, *CPU)
+    scores = evaluation.exam(untrained(True), "ar", CORPUS)
     assert scores["forward"] == pytest.approx(1 / 6) and scores["backward"] == 0.5
     assert scores["forward_by_attribute"] == {a: float(a == "major") for a in ATTRIBUTES}
     assert scores["known_forward"] == scores["known_backward"] == 0
@@ -98,7 +97,7 @@ def test_ranks_are_those_of_brute_force(mode):
     """Every candidate of every question scored one by one, in a row of its own: the same MRR and share
     first."""
     model = untrained(MODES[mode].causal)
-    result = evaluation.ranking(model, mode, CORPUS, *CPU, asked=1000)
+    result = evaluation.ranking(model, mode, CORPUS, asked=1000)
     for direction in ("forward", "backward"):
         ranks, sizes = [], []
         for i, (question, truth) in enumerate(CORPUS.exams[direction]):
@@ -122,7 +121,7 @@ def test_a_model_that_prefers_nothing_ranks_at_the_middle(monkeypatch):
     """Equal likelihoods share their ranks: five names, all as likely, rank 3 each and never first."""
     mode = MODES["ar"]._replace(likelihood=lambda model, tokens, *_: torch.zeros(len(tokens)))
     monkeypatch.setitem(MODES, "ar", mode)
-    result = evaluation.ranking(None, "ar", CORPUS, *CPU)["backward"]
+    result = evaluation.ranking(untrained(True), "ar", CORPUS)["backward"]
     assert result["first"] == 0 and result["mrr"] == pytest.approx(1 / 3)
 
 
@@ -139,49 +138,55 @@ def test_chance_and_the_majority_answer_are_computed():
 def test_costs_are_read_off_a_straight_line():
     """Score 0 at 100 documents, .4 at 300, .8 at 500: .5 is reached 250 documents after the first exam, 95 %
     of .8 at 380, .9 never; a score that is reached at the first exam costs nothing."""
-    log = [{"documents": d, "forward": f} for d, f in ((100, 0.0), (300, 0.4), (500, 0.8))]
+    log = [dict.fromkeys((*evaluation.AXES, "backward"), d) | {"forward": f}
+           for d, f in ((100, 0.0), (300, 0.4), (500, 0.8))]
     cost = lambda goal: evaluation.cost(log, "documents", "forward", goal)
-    assert cost(0.5) == pytest.approx(250) and cost(0.95 * 0.8) == pytest.approx(380)
-    assert cost(0.9) is None and cost(0.0) == 0
-    assert evaluation.cost([{"documents": 100, "forward": 0.7}], "documents", "forward", 0.5) == 0
+    assert cost(0.5) == pytest.approx(250) and cost(0.9) is None and cost(0.0) == 0
+    for axis in evaluation.AXES:
+        assert evaluation.costs(log)[axis]["forward"] == pytest.approx({"half": 250, "own": 380})
+    nothing = [line | {"forward": 0.0} for line in log]
+    assert evaluation.costs(nothing)["flops"]["forward"] == {"half": None, "own": None}
 
 
 def result(mode, seed, score, **settings):
     """A result.json with the same score everywhere."""
     exam = dict.fromkeys(("forward", "backward", "known_forward", "known_backward"), score)
-    log = [{axis: 10 * i for axis in evaluation.AXES} | dict.fromkeys(("forward", "backward"), i * score)
-           for i in (0, 1)]
     chance = dict.fromkeys(("forward", "backward", "majority_forward", "majority_backward"), 0.01)
     settings = {"mode": mode, "paraphrases": "none", "seed": seed, "lr": 0.02} | settings
-    return {"settings": settings, "log": log, "before": exam, "exam": exam | {"rouge": exam},
-            "chance": chance,
-            "ranking": dict.fromkeys(("forward", "backward"), {"first": score, "mrr": score})}
+    spent = {axis: {d: {"half": 1e6 * i, "own": None} for d in evaluation.DIRECTIONS}
+             for i, axis in enumerate(evaluation.AXES)}
+    return {"settings": settings, "before": exam, "exam": exam | {"rouge": exam}, "chance": chance,
+            "cost": spent, "ranking": dict.fromkeys(
+                ("forward", "backward"), {"first": score, "mrr": score, "chance_mrr": 0.05})}
 
 
 def test_seeds_are_averaged_with_their_spread():
-    """Two seeds with .4 and .6: mean .50, standard deviation .14 by hand; another mode is a row of its
+    """Two seeds with .4 and .6: mean .5, standard deviation .141 by hand; another mode is a row of its
     own."""
     runs = result("ar", 0, 0.4), result("ar", 1, 0.6), result("masked", 0, 0.9)
-    table = evaluation.compare(runs).splitlines()
-    assert re.match(r"ar +none +2 +█████····· 0\.500 ±0\.141", table[1])
-    assert re.match(r"masked +none +1 +█████████· 0\.900 ", table[2])
-    assert "lr" not in table[0] and "chance: forward 0.010" in "\n".join(table)
+    table = evaluation.compare(runs, evaluation.TABLES).splitlines()
+    assert re.match(r"ar +none +2 +█████····· 0\.5 ±0\.141", table[1])
+    assert re.match(r"masked +none +1 +█████████· 0\.9 ", table[2])
+    assert "lr" not in table[0]
+    for columns in evaluation.TABLES:
+        assert any(all(title in line for title in columns) for line in table)
+    assert any(re.match(r"ar +none .* 0\.01 ±0 / 0\.01 ±0", line) for line in table)  # chance
 
 
 def test_settings_that_differ_are_rows_with_a_column_of_their_own():
     """Runs are never averaged over anything but seed and machine; the flag that differs is shown."""
     runs = result("ar", 0, 0.4, lr=0.01), result("ar", 0, 0.6), result("ar", 1, 0.6, device="mps")
-    lines = evaluation.compare(runs).splitlines()
+    lines = evaluation.compare(runs, evaluation.TABLES).splitlines()
     assert "lr" in lines[0] and "0.01" in lines[1]
-    assert re.search(r"0\.02 +2 +█+·+ 0\.600 ±0\.000", lines[2])
+    assert re.search(r"0\.02 +2 +█+·+ 0\.6 ±0", lines[2])
 
 
-def test_costs_have_a_row_for_each_axis():
-    """Documents, tokens, supervised tokens and FLOPs: 10 spent to reach .8, so 6.25 to .5 and 9.5 to 95 %."""
-    lines = evaluation.costs([result("masked", 0, 0.8)]).splitlines()
-    assert [line.split()[2] for line in lines[1:]] == ["documents", "tokens", "supervised", "flops"]
-    assert lines[1].split()[-4:] == ["0.01"] * 4  # thousands of documents
-    assert math.isclose(evaluation.cost(result("masked", 0, 0.8)["log"], "flops", "forward", 0.5), 6.25)
+def test_costs_have_a_table_for_each_axis():
+    """Documents, tokens, supervised tokens and FLOPs; what was never reached is a dash."""
+    lines = evaluation.compare([result("masked", 0, 0.8)], evaluation.COSTS).splitlines()[3:]
+    for i, axis in enumerate(evaluation.AXES):
+        assert lines[3 * i].split()[2:5] == [axis, "to", ".5"]
+        assert lines[3 * i + 1].split()[2:] == [f"{1e6 * i:.3g}", "/", f"{1e6 * i:.3g}", "-", "/", "-"]
 
 
 def test_bars():

@@ -52,7 +52,7 @@ def test_twenty_kills_cost_no_result():
         if Path("b/run/ckpt.pt").exists():
             steps.append(torch.load("b/run/ckpt.pt", weights_only=True)["step"])
     assert steps == sorted(steps)  # nothing that was saved is ever lost
-    assert len({step for step in steps if 0 < step < 360}) >= 5, steps  # it did die all along the way
+    assert len({step for step in steps if 0 < step < 300}) >= 5, steps  # it did die all along the way
     child(CHILD, *flags, "b/run").communicate()
     assert_same_run("a/run", "b/run")
     assert {path.name for path in Path("b/run").iterdir()} == {"ckpt.pt", "log.jsonl", "result.json", "lock"}
@@ -80,9 +80,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
 
 def test_a_second_run_in_the_same_folder_is_refused(capfd):
     """The first one holds a lock that the system lets go of however the process ends."""
-    lock = train.open_folder(Path("out/run"))
-    assert "another run" in refusal(capfd, train, *TINY, "--out_dir", "out/run")
-    lock.close()
+    with train.lock(Path("out/run")):
+        assert "another run" in refusal(capfd, train, *TINY, "--out_dir", "out/run")
     tiny(train)
 
 
@@ -110,9 +109,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         tiny(train)
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "at step 7" in last and "ckpt.pt" in last and "--lr" in last
+    assert stop.value.code == 2 and "at step 3 of reading" in last and "ckpt.pt" in last and "--lr" in last
     saved = torch.load("out/run/ckpt.pt", weights_only=True)
-    assert saved["step"] <= 7 and all(torch.isfinite(w).all() for w in saved["model"].values())
+    assert saved["step"] <= 3 and all(torch.isfinite(w).all() for w in saved["model"].values())
 
 
 def test_too_little_memory_is_said_in_one_line(monkeypatch, capfd):
