@@ -8,8 +8,10 @@ The exam: questions in both directions, greedy answers, exact match. And the tab
     python eval.py out/RUN --show      watch a diffusion model fill its masks, one a step
 """
 import argparse
+import contextlib
 import json
 import random
+import sqlite3
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +30,7 @@ SHAPE = ("n_layer", "n_head", "n_embd")                         # and a model
 AXES = ("documents", "tokens", "supervised", "flops")           # on which the cost of reading is counted
 CHECKPOINT = {"settings", "digest", "model", "optimizers", "generator", "step", "seconds", "loss", "log",
               "mode", "dtype", *AXES, *WORLD, *SHAPE}           # what a checkpoint and its settings hold
-RESULT = {"settings", "log", "exam", "before", "chance", "ranking", "cost", "mode", "seed"}     # and a result.json
+RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "mode", "seed"}    # and a result.json
 TABLES = [  # of the comparison: title of a column -> where a result.json keeps it, for each direction
     {"new people": "exam {}", "known people": "exam known_{}", "known before reading": "before known_{}"},
     {"before reading": "before {}", "chance": "chance {}", "one fixed answer": "chance majority_{}"},
@@ -38,8 +40,24 @@ TABLES = [  # of the comparison: title of a column -> where a result.json keeps 
 COSTS = [{f"{axis} to .5": f"cost {axis} {{}} half", f"{axis} to 95 %": f"cost {axis} {{}} own"} for axis in AXES]
 
 
-def fail(message):
-    """End the program with one line and exit code 2, as argparse does for a wrong flag."""
+class Stop(Exception):
+    """The program ends here, with a message for the person who started it."""
+
+
+@contextlib.contextmanager
+def one_line():
+    """What a person can mend ends the program in one line and exit code 2, as argparse does for a wrong flag.
+    Anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (Stop, OSError, sqlite3.Error) as problem:
+        message = problem
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, MemoryError) and "allocate" not in str(problem):
+            raise
+        message = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
+    else:
+        return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -67,13 +85,15 @@ def rouge(answer, truth):
 
 
 def exam(model, mode, corpus):
-    """Exact match and ROUGE-1 recall in each of the corpus's exams; forward exact match by attribute."""
-    scores, n = {"rouge": {}}, len(ATTRIBUTES)
+    """Exact match and ROUGE-1 recall in each of the corpus's exams, with the first answer that was given;
+    forward exact match by attribute."""
+    scores, n = {"rouge": {}, "first_answer": {}}, len(ATTRIBUTES)
     for name, pairs in corpus.exams.items():
         given = answers(model, mode, [question for question, _ in pairs])
         right = [a == truth for a, (_, truth) in zip(given, pairs)]
         scores[name] = fmean(right)
         scores["rouge"][name] = fmean(rouge(a, truth) for a, (_, truth) in zip(given, pairs))
+        scores["first_answer"][name] = given[0]
         if name == "forward":  # the questions come person by person, in the order of ATTRIBUTES
             scores["forward_by_attribute"] = {a: fmean(right[i::n]) for i, a in enumerate(ATTRIBUTES)}
     return scores
@@ -136,10 +156,18 @@ def costs(log):
 
 
 def make_world(settings):
-    """The corpus and the untrained model that the settings of a run describe; ValueError if there is none."""
-    corpus = make_corpus(*(settings[k] for k in WORLD))
-    sizes, causal = [settings[k] for k in SHAPE], MODES[settings["mode"]].causal
-    return corpus, Transformer(ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad, settings["dtype"]))
+    """The corpus, the untrained model that the settings of a run describe, and why it runs where it does.
+
+    Where the settings leave device or dtype to us ("auto"), what was found is filled in.
+    """
+    try:
+        settings["device"], settings["dtype"], why = pick_machine(settings["device"], settings["dtype"])
+        corpus = make_corpus(*(settings[k] for k in WORLD))
+        sizes, causal = [settings[k] for k in SHAPE], MODES[settings["mode"]].causal
+        config = ModelConfig(TOKENIZER.n_vocab, *sizes, causal, MARKS.pad, settings["dtype"])
+        return corpus, Transformer(config).to(settings["device"]), why
+    except ValueError as problem:
+        raise Stop(problem)
 
 
 def read(path, load, needed):
@@ -150,7 +178,7 @@ def read(path, load, needed):
             return saved
     except Exception:  # there is no end to what a damaged file can raise
         pass
-    fail(f"{path} is missing, cut short or of another version: delete what is there, then train (again)")
+    raise Stop(f"{path} is missing, cut short or of another version: delete what is there, then train (again)")
 
 
 def load_checkpoint(path):
@@ -166,11 +194,12 @@ def load_result(path):
 def restore(saved, corpus, model, path):
     """Put the weights of a checkpoint into the model, if data.py and model.py are still as they were."""
     if saved["digest"] != corpus.digest:
-        fail(f"{path} was trained on another corpus than data.py now writes: restore data.py, or train again")
+        raise Stop(f"{path} was trained on another corpus than data.py now writes: restore data.py, or train "
+                   "again")
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError:
-        fail(f"{path} holds the weights of another model than model.py now makes: train again")
+        raise Stop(f"{path} holds the weights of another model than model.py now makes: train again")
 
 
 # -----------------------------------------------------------------------------
@@ -253,6 +282,7 @@ def question(text):
     return text
 
 
+@one_line()
 def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Compare runs, examine one again, ask it, or watch it.")
@@ -269,25 +299,21 @@ def main():
 
     if args.run is None:
         if args.ask or args.show:
-            parser.error("--ask and --show need a run folder: python eval.py out/RUN --ask \"...\"")
+            raise Stop('--ask and --show need a run folder: python eval.py out/RUN --ask "..."')
         results = [load_result(path) for path in sorted(Path(args.out).glob("*/result.json"))]
         if not results:
-            fail(f"no finished run under {args.out}/: start with python train.py --mode masked")
+            raise Stop(f"no finished run under {args.out}/: start with python train.py --mode masked")
         return print(compare(results, COSTS if args.costs else TABLES))
     if args.costs:
-        parser.error("--costs compares all runs: leave the run folder out")
+        raise Stop("--costs compares all runs: leave the run folder out")
 
     path = Path(args.run) / "ckpt.pt"
     saved = load_checkpoint(path)
     mode = saved["settings"]["mode"]
     if args.show and MODES[mode].causal:
-        fail(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
-    try:
-        device, _, _ = pick_machine(args.device)
-        corpus, model = make_world(saved["settings"])
-    except ValueError as problem:
-        fail(problem)
-    restore(saved, corpus, model.to(device), path)
+        raise Stop(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
+    corpus, model, _ = make_world(saved["settings"] | {"device": args.device})
+    restore(saved, corpus, model, path)
 
     if args.show:
         watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
@@ -297,7 +323,7 @@ def main():
     elif args.ask:
         print(answers(model, mode, [args.ask])[0])
     elif not saved["log"]:
-        fail(f"{args.run} has not come to its first exam: go on with its command and --resume")
+        raise Stop(f"{args.run} has not come to its first exam: go on with its command and --resume")
     else:
         print(report({"exam": exam(model, mode, corpus), "before": saved["log"][0], "chance": chance(corpus)}))
 

@@ -16,6 +16,7 @@ starts reading from an untrained model. A mode is one row of `MODES` (diffusion.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,9 +32,8 @@ from tqdm import tqdm
 
 from data import ARMS, MARKS
 from diffusion import MODES, loss
-from eval import (AXES, answers, chance, costs, exam, fail, load_checkpoint, load_result, make_world, ranking,
+from eval import (AXES, Stop, chance, costs, exam, load_checkpoint, load_result, make_world, one_line, ranking,
                   report, restore)
-from model import pick_machine
 
 EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
 WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are known (README, notes)
@@ -121,10 +121,6 @@ def parse_args():
 # The run folder: one process at a time, and no file is ever half written
 
 
-class Stop(Exception):
-    """The run ends here, with a message for the person who started it."""
-
-
 def lock(folder):
     """Make the folder and lock it until the returned object is closed or this process ends, however it ends.
 
@@ -134,42 +130,24 @@ def lock(folder):
         folder.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
         database.execute("BEGIN EXCLUSIVE")
-        for left_behind in folder.glob("*.tmp"):  # by a process that was killed while it wrote
-            left_behind.unlink()
-        return contextlib.closing(database)
     except (OSError, sqlite3.Error) as problem:
         why = "another run is at work there" if "locked" in str(problem) else problem
         raise Stop(f"{folder} cannot be used ({why}): choose another --out_dir")
+    for left_behind in folder.glob("*.tmp"):  # by a process that was killed while it wrote
+        left_behind.unlink()
+    return contextlib.closing(database)
 
 
-def write(path, save):
-    """Call `save(temporary path)`, then move the file into place: `path` is never half written."""
+def write(path, content):
+    """Write bytes so that `path` holds what stood there or the new content, never half of it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same base
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:  # torch.save reports a full disk as a RuntimeError
-        why = str(problem).splitlines()[0]
-        raise Stop(f"{path} could not be written ({why}): what stood there is intact; make room, then repeat "
-                   "the command with --resume")
-
-
-def write_lines(path, dicts, **style):
-    """Write each dict as a line of JSON."""
-    text = "".join(json.dumps(one, **style) + "\n" for one in dicts)
-    write(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def check_resume(folder, settings, resume):
-    """Refuse a folder whose run has other settings, or that holds a run which nobody asked to go on with."""
-    if not resume:
-        raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
-    before = load_checkpoint(folder / "ckpt.pt")["settings"]
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise Stop(f"{folder} was trained with --{name} {before.get(name)}, not {value}: give the same "
-                       "value, or another --out_dir")
+    except OSError as problem:
+        raise Stop(f"{path} could not be written ({problem}): what stood there is intact; make room, then "
+                   "repeat the command with --resume")
 
 
 def base_path(settings, corpus):
@@ -223,19 +201,13 @@ def batch(corpus, stage, args, generator):
                       for group, n in counts.items()])
 
 
-def spending(model, clean, inputs, weights):
-    """What one step costs on each of the `AXES`: clean and inputs (B, T), weights (B, T)."""
-    scored = int((weights > 0).sum())
-    return {"documents": int((clean[:, 0] == MARKS.doc).sum()), "tokens": int((inputs != MARKS.pad).sum()),
-            "supervised": scored, "flops": model.flops(*inputs.shape, scored)}
-
-
-def describe(line, corpus, ask):
-    """The scores of one exam in a line, then a known and a new question with the answer that `ask` gives."""
+def describe(line, corpus):
+    """The scores of one exam in a line, then a known and a new question with the answer it was given."""
     text = ["step {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
             "{known_forward:.2f} backward {known_backward:.2f}".format(**line)]
-    for question, truth in (corpus.exams["known_backward"][0], corpus.exams["backward"][0]):
-        text.append(f"    {question} -> {ask(question)} [{truth}]")
+    for name in ("known_backward", "backward"):
+        question, truth = corpus.exams[name][0]
+        text.append(f"    {question} -> {line['first_answer'][name]} [{truth}]")
     return "\n".join(text)
 
 
@@ -252,14 +224,15 @@ def train(stage, mode, steps, state, path, args, corpus, model):
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     generator = torch.Generator().manual_seed(2 * args.seed + (stage == "reading"))
     exams = exam_steps(steps) if stage == "reading" else ()
-    saved = load_checkpoint(path) if path.exists() else None
-    if saved:
-        print(f"{stage} goes on from {path} at step {saved['step']:,} of {steps:,}")
+    resumed = path.exists()
+    if resumed:
+        saved = load_checkpoint(path)
         restore(saved, corpus, model, path)
         state = {k: saved[k] for k in state}
         generator.set_state(saved["generator"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
+        print(f"{stage} goes on from {path} at step {state['step']:,} of {steps:,}")
     interrupted, saved_at = [], time.perf_counter()
 
     def interrupt(*_):
@@ -271,17 +244,18 @@ def train(stage, mode, steps, state, path, args, corpus, model):
     def examine():
         line = {"stage": stage} | {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus)
         state["log"].append(line)
-        progress.write(describe(line, corpus, lambda question: answers(model, mode, [question])[0]))
+        progress.write(describe(line, corpus))
 
     def save():
-        if stage == "reading":  # the log first: a run that goes on writes it anew from its checkpoint
-            write_lines(path.with_name("log.jsonl"), state["log"])
-        write(path, lambda p: torch.save(state | {
-            "settings": vars(args), "digest": corpus.digest, "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "generator": generator.get_state()}, p))
+        if state["log"]:  # before the checkpoint: a run that goes on writes the log anew from there
+            write(path.with_name("log.jsonl"), "".join(json.dumps(x) + "\n" for x in state["log"]).encode())
+        torch.save(state | {"settings": vars(args), "digest": corpus.digest, "model": model.state_dict(),
+                            "optimizers": [o.state_dict() for o in optimizers],
+                            "generator": generator.get_state()}, content := io.BytesIO())
+        write(path, content.getvalue())
 
     with tqdm(total=steps, initial=state["step"], desc=stage, unit="step", dynamic_ncols=True) as progress:
-        if 0 in exams and not saved:
+        if 0 in exams and not resumed:
             examine()
         while state["step"] < steps:
             # one step of training: all that the objectives share
@@ -289,8 +263,9 @@ def train(stage, mode, steps, state, path, args, corpus, model):
             for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
                 optimizer.param_groups[0]["lr"] = peak * schedule(state["step"], steps)
             index = batch(corpus, stage, args, generator).to(args.device)
-            clean = rows[index], starts[index], MARKS
-            inputs, targets, weights = MODES[mode].objective(*clean, args.mask_ratio, generator)
+            clean = rows[index]
+            inputs, targets, weights = MODES[mode].objective(clean, starts[index], MARKS, args.mask_ratio,
+                                                             generator)
             value = loss(model, inputs, targets, weights)
             value.backward()
             for optimizer in optimizers:
@@ -302,77 +277,68 @@ def train(stage, mode, steps, state, path, args, corpus, model):
             if not math.isfinite(value) or not model.embed.weight.isfinite().all():
                 raise Stop(f"the loss is {value} at step {state['step']} of {stage}: {path} keeps the last "
                            "good state, if one was saved; lower --lr and choose another --out_dir")
-            spent = {"seconds": time.perf_counter() - clock} | spending(model, clean[0], inputs, weights)
-            state |= {name: state[name] + amount for name, amount in spent.items()} | {
-                "step": state["step"] + 1,
-                "loss": value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value}
-            speed = f"{spent['tokens'] / spent['seconds']:,.0f} tokens/s"
-            progress.set_postfix_str(f"loss {state['loss']:.3f}, {speed}", refresh=False)
+            tokens, scored = int((inputs != MARKS.pad).sum()), int((weights > 0).sum())
+            seconds = time.perf_counter() - clock
+            spent = {"step": 1, "seconds": seconds, "documents": int((clean[:, 0] == MARKS.doc).sum()),
+                     "tokens": tokens, "supervised": scored, "flops": model.flops(*inputs.shape, scored)}
+            state |= {name: state[name] + amount for name, amount in spent.items()}
+            state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
+            progress.set_postfix_str(f"loss {state['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             progress.update()
 
-            ends = state["step"] == steps
-            if state["step"] in exams:
+            step, ends = state["step"], state["step"] == steps
+            if step in exams:
                 examine()
-            if ends or interrupted or state["step"] in exams or time.perf_counter() - saved_at > SAVE_EVERY:
+            if step in exams or ends or interrupted or time.perf_counter() - saved_at > SAVE_EVERY:
                 save()
                 saved_at = time.perf_counter()
             if interrupted and not ends:
-                raise Stop(f"stopped at step {state['step']} of {stage}, nothing is lost: --resume goes on")
+                raise Stop(f"stopped at step {step} of {stage}, nothing is lost: --resume goes on")
     return state
 
 
-def run(args, folder, resume, corpus, model):
-    """School, reading and the result of one run; its folder is locked."""
-    path, finished = folder / "ckpt.pt", folder / "result.json"
-    if path.exists():
-        check_resume(folder, vars(args), resume)
-    if args.compile:
-        model.trunk = torch.compile(model.trunk, dynamic=True)
-    state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
-    if args.school_steps and not path.exists():
-        school, base = MODES[args.mode].school, base_path(vars(args), corpus)
-        state = train("school", school, args.school_steps, state | {}, base, args, corpus, model) | {"step": 0}
-    log = train("reading", args.mode, args.steps, state, path, args, corpus, model)["log"]
-    if finished.exists():
-        return load_result(finished)
-    gpu = args.device == "cuda" and torch.cuda.get_device_name()
-    result = {"settings": vars(args), "exam": log[-1], "before": log[0], "log": log, "cost": costs(log),
-              "chance": chance(corpus), "ranking": ranking(model, args.mode, corpus),
-              "parameters": sum(p.numel() for p in model.parameters()),
-              "hardware": gpu or f"{platform.machine()} {args.device}, {torch.get_num_threads()} thread(s)",
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    write_lines(finished, [result], indent=1)
-    return result
-
-
+@one_line()
 def main():
     args = parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
-    settings = vars(args) | {"embedding_lr": EMBEDDING_LR, "weight_decay": WEIGHT_DECAY,
-                             "question_share": QUESTION_SHARE, "new_share": NEW_SHARE}
-    folder, resume = Path(settings.pop("out_dir")), settings.pop("resume")
-    args = argparse.Namespace(**settings)
-    try:
-        try:
-            args.device, args.dtype, why = pick_machine(args.device, args.dtype)
-            corpus, model = make_world(vars(args))
-        except ValueError as problem:
-            raise Stop(problem)
-        torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
-        model.initialize(torch.Generator().manual_seed(args.seed)).to(args.device)
-        with lock(folder):
-            print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype} on "
-                  f"{args.device} ({why})")
-            print(f"{args.known} known and {args.new} new people, "
-                  f"{len(corpus.groups['new_documents']) // args.new} text(s) each; writing to {folder}")
-            print(report(run(args, folder, resume, corpus, model)))
-    except Stop as reason:
-        fail(reason)
-    except (MemoryError, RuntimeError) as problem:
-        if not isinstance(problem, MemoryError) and "allocate" not in str(problem):
-            raise
-        fail("out of memory: lower --batch_size, --n_embd, --n_layer or --known")
+    folder, resume = Path(args.out_dir), args.resume
+    del args.out_dir, args.resume  # the rest is what decides the result: the settings of the run
+    args.embedding_lr, args.weight_decay = EMBEDDING_LR, WEIGHT_DECAY
+    args.question_share, args.new_share = QUESTION_SHARE, NEW_SHARE
+    corpus, model, why = make_world(vars(args))
+    torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
+    model.initialize(torch.Generator().manual_seed(args.seed))
+    if args.compile:
+        model.trunk = torch.compile(model.trunk, dynamic=True)
+    size = sum(p.numel() for p in model.parameters())
+    path, finished = folder / "ckpt.pt", folder / "result.json"
+
+    with lock(folder):
+        before = load_checkpoint(path)["settings"] if path.exists() else vars(args)
+        if path.exists() and not resume:
+            raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
+        for name, value in vars(args).items():
+            if before.get(name) != value:
+                raise Stop(f"{folder} was trained with --{name} {before.get(name)}, not {value}: give the same "
+                           "value, or another --out_dir")
+        print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device} ({why})")
+        print(f"{args.known} known and {args.new} new people, "
+              f"{len(corpus.groups['new_documents']) // args.new} text(s) each; writing to {folder}")
+        state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
+        if args.school_steps and not path.exists():
+            school, base = MODES[args.mode].school, base_path(vars(args), corpus)
+            state = train("school", school, args.school_steps, state, base, args, corpus, model) | {"step": 0}
+        log = train("reading", args.mode, args.steps, state, path, args, corpus, model)["log"]
+        if not finished.exists():
+            gpu = args.device == "cuda" and torch.cuda.get_device_name()
+            result = {"settings": vars(args), "exam": log[-1], "before": log[0], "log": log,
+                      "cost": costs(log), "chance": chance(corpus), "parameters": size,
+                      "ranking": ranking(model, args.mode, corpus),
+                      "hardware": gpu or f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+                      "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+            write(finished, json.dumps(result, indent=1).encode())
+        print(report(load_result(finished)))
 
 
 if __name__ == "__main__":
