@@ -208,29 +208,18 @@ PIECES = r" ?\w+|[^\w\s]|\s"  # a word with the space before it, a sign, a space
 NAME = 3                      # tokens of a name
 CANVAS = 4                    # tokens of every answer: up to three words, then ends
 
+# All words that the generator can write, sorted: the vocabulary does not depend on the seed.
+WORDS = sorted(set(re.findall(r"\w+", " ".join([
+    *MEN, *WOMEN, *MIDDLE, *LAST, *flat(POOLS.values()), *flat(WORDINGS.values()), *POOLS, *RELATIVE.values(),
+    "What is the of Who and He She"]))))
 
-def words():
-    """All words that the generator can write, sorted: the vocabulary does not depend on the seed."""
-    names, values, told = MEN + WOMEN + MIDDLE + LAST, flat(POOLS.values()), flat(WORDINGS.values())
-    asked = [*POOLS, *RELATIVE.values(), "What is the of Who and"]
-    return sorted(set(re.findall(r"\w+", " ".join([*names, *values, *told, *asked, "He She"]))))
-
-
-def make_tokenizer():
-    """A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space.
-
-    tiktoken looks a whole piece up before it merges bytes, so " Boston" is one token, and an unknown word is
-    the bytes that spell it.
-    """
-    pieces = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in words()]
-    return tiktoken.Encoding(
-        "biographies", pat_str=PIECES,
-        mergeable_ranks={piece: len(MARKS) + i for i, piece in enumerate(pieces)},
-        special_tokens={f"<{mark}>": i for mark, i in MARKS._asdict().items()},
-    )
-
-
-TOKENIZER = make_tokenizer()
+# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. tiktoken
+# looks a whole piece up before it merges bytes, so " Boston" is one token, and an unknown word is its bytes.
+SPELLINGS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
+TOKENIZER = tiktoken.Encoding(
+    "biographies", pat_str=PIECES,
+    mergeable_ranks={spelling: len(MARKS) + i for i, spelling in enumerate(SPELLINGS)},
+    special_tokens={f"<{mark}>": i for mark, i in MARKS._asdict().items()})
 
 
 def encode(text):
@@ -299,7 +288,7 @@ def make_corpus(known, new, paraphrases="none", wordings=5, seed=0, asked=4):
         rows += more
     exams = {"forward": flat(forward[known:]), "backward": flat(few[known:]),
              "known_forward": flat(forward[:known][:new]), "known_backward": flat(few[:known][:new])}
-    digest = hashlib.sha256(repr((rows, exams, words())).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((rows, exams, WORDS)).encode()).hexdigest()[:12]
     return Corpus(*pad_rows(rows), groups, exams, people, digest)
 
 

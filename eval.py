@@ -30,7 +30,7 @@ SHAPE = ("n_layer", "n_head", "n_embd")                         # and a model
 AXES = ("documents", "tokens", "supervised", "flops")           # on which the cost of reading is counted
 CHECKPOINT = {"settings", "digest", "model", "optimizers", "generator", "step", "seconds", "loss", "log",
               "mode", "dtype", *AXES, *WORLD, *SHAPE}           # what a checkpoint and its settings hold
-RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "mode", "seed"}    # and a result.json
+RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "log", "mode", "seed"}    # and a result.json
 TABLES = [  # of the comparison: title of a column -> where a result.json keeps it, for each direction
     {"new people": "exam {}", "known people": "exam known_{}", "known before reading": "before known_{}"},
     {"before reading": "before {}", "chance": "chance {}", "one fixed answer": "chance majority_{}"},
@@ -133,21 +133,15 @@ def chance(corpus):
             "majority_backward": most(corpus.exams["backward"])}
 
 
-def cost(log, axis, direction, goal):
-    """What reading had cost on an axis when the score first reached `goal`, on a straight line between two
-    exams of the log; 0 if the first exam did, None if none did."""
-    points = [(line[axis] - log[0][axis], line[direction]) for line in log]
-    for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
-        if y1 >= goal:
-            return x1 if y1 == y0 else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
-
-
 def costs(log):
-    """{axis: {direction: what it cost to score .5 ("half") and 95 % of the run's own last score ("own")}}.
-
-    "own" is at least .05: a run that knows nothing would get to its own score at once.
-    """
-    return {axis: {d: {"half": cost(log, axis, d, 0.5), "own": cost(log, axis, d, max(0.05, 0.95 * log[-1][d]))}
+    """{axis: {direction: what reading cost until the score was .5 ("half"), until it was 95 % of the run's own
+    last score and at least .05 ("own")}}: on a straight line between two exams, None if never reached."""
+    def cost(axis, direction, goal):
+        points = [(line[axis] - log[0][axis], line[direction]) for line in log]
+        for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
+            if y1 >= goal:
+                return x1 if y1 == y0 else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
+    return {axis: {d: {"half": cost(axis, d, 0.5), "own": cost(axis, d, max(0.05, 0.95 * log[-1][d]))}
                    for d in DIRECTIONS} for axis in AXES}
 
 
@@ -170,10 +164,13 @@ def make_world(settings):
         raise Stop(problem)
 
 
-def read(path, load, needed):
-    """The dict that `load` finds at `path`, if it and its settings have all the keys that are needed."""
+def load(path):
+    """The dict in a checkpoint (.pt; code in it is never run) or in a result.json that train.py wrote."""
     try:
-        saved = load(path)
+        if path.suffix == ".pt":
+            saved, needed = torch.load(path, map_location="cpu", weights_only=True), CHECKPOINT
+        else:
+            saved, needed = json.loads(path.read_text(encoding="utf-8")), RESULT
         if needed <= {*saved, *saved["settings"]}:
             return saved
     except Exception:  # there is no end to what a damaged file can raise
@@ -181,21 +178,10 @@ def read(path, load, needed):
     raise Stop(f"{path} is missing, cut short or of another version: delete what is there, then train (again)")
 
 
-def load_checkpoint(path):
-    """The dict that train.py saved; never runs code from the file."""
-    return read(path, lambda p: torch.load(p, map_location="cpu", weights_only=True), CHECKPOINT)
-
-
-def load_result(path):
-    """The dict in a result.json that train.py wrote."""
-    return read(path, lambda p: json.loads(p.read_text(encoding="utf-8")), RESULT)
-
-
 def restore(saved, corpus, model, path):
     """Put the weights of a checkpoint into the model, if data.py and model.py are still as they were."""
     if saved["digest"] != corpus.digest:
-        raise Stop(f"{path} was trained on another corpus than data.py now writes: restore data.py, or train "
-                   "again")
+        raise Stop(f"{path} was trained on another corpus than data.py now writes: train again")
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError:
@@ -210,6 +196,11 @@ def bar(share, width=10):
     """A share as a bar of text: bar(.5) is half full."""
     full = round(share * width)
     return "█" * full + "·" * (width - full)
+
+
+def curve(shares):
+    """Shares as a line of text, one sign each: curve([0, .5, 1]) = "▁▅█"."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in shares)
 
 
 def look_up(result, place):
@@ -258,14 +249,17 @@ def aligned(rows):
 
 
 def compare(results, tables):
-    """Tables with a line for each setting, mean ± standard deviation over seeds: bars of the exact match of
-    new people, then the columns of `tables` (TABLES or COSTS), each as forward / backward."""
+    """Tables with a line for each setting, mean ± standard deviation over seeds: the exact match of new people
+    as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS), forward / backward."""
     bars, more = [], [[] for _ in tables]
     for key, runs in group(results):
         values = lambda place, d: [look_up(run, place.format(d)) for run in runs]
-        scores = {d: values("exam {}", d) for d in DIRECTIONS}
-        bars.append(key | {"seeds": str(len(runs))}
-                    | {d: f"{bar(fmean(score))} {spread(score)}" for d, score in scores.items()})
+        bars.append(key | {"seeds": str(len(runs))})
+        for d in DIRECTIONS:
+            score = values("exam {}", d)
+            exams = zip(*(run["log"] for run in runs))  # the first exam of all seeds, the second, ...
+            path = curve(fmean(line[d] for line in lines) for lines in exams)
+            bars[-1][d] = f"{bar(fmean(score))} {spread(score):<12} {path}"
         for rows, columns in zip(more, tables):
             rows.append(key | {title: " / ".join(spread(values(place, d)) for d in DIRECTIONS)
                                for title, place in columns.items()})
@@ -300,7 +294,7 @@ def main():
     if args.run is None:
         if args.ask or args.show:
             raise Stop('--ask and --show need a run folder: python eval.py out/RUN --ask "..."')
-        results = [load_result(path) for path in sorted(Path(args.out).glob("*/result.json"))]
+        results = [load(path) for path in sorted(Path(args.out).glob("*/result.json"))]
         if not results:
             raise Stop(f"no finished run under {args.out}/: start with python train.py --mode masked")
         return print(compare(results, COSTS if args.costs else TABLES))
@@ -308,7 +302,7 @@ def main():
         raise Stop("--costs compares all runs: leave the run folder out")
 
     path = Path(args.run) / "ckpt.pt"
-    saved = load_checkpoint(path)
+    saved = load(path)
     mode = saved["settings"]["mode"]
     if args.show and MODES[mode].causal:
         raise Stop(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")

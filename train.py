@@ -32,8 +32,7 @@ from tqdm import tqdm
 
 from data import ARMS, MARKS
 from diffusion import MODES, loss
-from eval import (AXES, Stop, chance, costs, exam, load_checkpoint, load_result, make_world, one_line, ranking,
-                  report, restore)
+from eval import AXES, Stop, chance, costs, exam, load, make_world, one_line, ranking, report, restore
 
 EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
 WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are known (README, notes)
@@ -69,30 +68,28 @@ def parse_args():
     add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of "
         "facts; five in changing order, name first; the same, name anywhere; as controls, one text that is "
         "also read backwards, one whose name is never masked or scored")
-    add("--mask_ratio", type=ratio, help="how much is masked: uniform (k ~ U{1..L}), a fixed share such "
-        "as .5, or paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
+    add("--mask_ratio", type=ratio, help="how much is masked: a share such as .5, uniform (k ~ U{1..L}) or "
+        "paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
-    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions in training; more "
-        "make answering more general, and take longer")
+    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions: raise to know new ones better")
     add("--new", type=number(int, 1, 10**6), default=100, help="people with documents alone: the exam")
-    add("--wordings", type=number(int, 1, 10), help="ways to word a fact; more are closer to real text and "
-        "need more people and steps; left out, 5 where a person has several texts, otherwise 1")
+    add("--wordings", type=number(int, 1, 10), help="ways to word a fact: raise with people and steps; left "
+        "out, 5 where a person has several texts, otherwise 1")
     add("--seed", type=number(int, 0, 2**31), default=0, help="another number, another world and model")
     add = parser.add_argument_group("the model").add_argument
-    add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks; raise for more people")
+    add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks: raise for more people")
     add("--n_head", type=number(int, 1, 1000), default=2, help="must split n_embd into even parts")
-    add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels; raise for more people")
+    add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels: raise for more people")
     add = parser.add_argument_group("training").add_argument
     add("--school_steps", type=number(int, 0, 10**9), default=500, help="steps on known people; 0 for none")
-    add("--steps", type=number(int, 1, 10**9), default=1500, help="steps of reading; raise if scores rise")
-    add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step; lower if out of memory")
+    add("--steps", type=number(int, 1, 10**9), default=1500, help="steps of reading: raise if scores rise")
+    add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks")
     add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; .002 for adamw")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the matrix products; "
-        "auto takes bfloat16 where it is fast")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
     add("--compile", action="store_true", help="let torch.compile fuse the model; needs a compiler, a minute")
     add("--out_dir", help="folder of this run; left out, out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED")
     add("--resume", action="store_true", help="go on with the run in the folder; start it if there is none")
@@ -226,7 +223,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
     exams = exam_steps(steps) if stage == "reading" else ()
     resumed = path.exists()
     if resumed:
-        saved = load_checkpoint(path)
+        saved = load(path)
         restore(saved, corpus, model, path)
         state = {k: saved[k] for k in state}
         generator.set_state(saved["generator"])
@@ -315,7 +312,7 @@ def main():
     path, finished = folder / "ckpt.pt", folder / "result.json"
 
     with lock(folder):
-        before = load_checkpoint(path)["settings"] if path.exists() else vars(args)
+        before = load(path)["settings"] if path.exists() else vars(args)
         if path.exists() and not resume:
             raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
         for name, value in vars(args).items():
@@ -338,7 +335,7 @@ def main():
                       "hardware": gpu or f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
                       "versions": {"python": platform.python_version(), "torch": torch.__version__}}
             write(finished, json.dumps(result, indent=1).encode())
-        print(report(load_result(finished)))
+        print(report(load(finished)))
 
 
 if __name__ == "__main__":

@@ -137,15 +137,15 @@ def test_chance_and_the_majority_answer_are_computed():
 
 def test_costs_are_read_off_a_straight_line():
     """Score 0 at 100 documents, .4 at 300, .8 at 500: .5 is reached 250 documents after the first exam, 95 %
-    of .8 at 380, .9 never; a score that is reached at the first exam costs nothing."""
+    of .8 at 380; a score that is never reached has no cost, one that the first exam finds costs nothing."""
     log = [dict.fromkeys((*evaluation.AXES, "backward"), d) | {"forward": f}
            for d, f in ((100, 0.0), (300, 0.4), (500, 0.8))]
-    cost = lambda goal: evaluation.cost(log, "documents", "forward", goal)
-    assert cost(0.5) == pytest.approx(250) and cost(0.9) is None and cost(0.0) == 0
     for axis in evaluation.AXES:
         assert evaluation.costs(log)[axis]["forward"] == pytest.approx({"half": 250, "own": 380})
     nothing = [line | {"forward": 0.0} for line in log]
     assert evaluation.costs(nothing)["flops"]["forward"] == {"half": None, "own": None}
+    known = [line | {"forward": 0.8} for line in log]
+    assert evaluation.costs(known)["flops"]["forward"] == {"half": 0, "own": 0}
 
 
 def result(mode, seed, score, **settings):
@@ -156,16 +156,16 @@ def result(mode, seed, score, **settings):
     spent = {axis: {d: {"half": 1e6 * i, "own": None} for d in evaluation.DIRECTIONS}
              for i, axis in enumerate(evaluation.AXES)}
     return {"settings": settings, "before": exam, "exam": exam | {"rouge": exam}, "chance": chance,
-            "cost": spent, "ranking": dict.fromkeys(
+            "log": [dict.fromkeys(exam, 0.0), exam], "cost": spent, "ranking": dict.fromkeys(
                 ("forward", "backward"), {"first": score, "mrr": score, "chance_mrr": 0.05})}
 
 
 def test_seeds_are_averaged_with_their_spread():
-    """Two seeds with .4 and .6: mean .5, standard deviation .141 by hand; another mode is a row of its
-    own."""
+    """Two seeds with .4 and .6: mean .5, standard deviation .141 by hand, curves from 0 to the mean; another
+    mode is a row of its own."""
     runs = result("ar", 0, 0.4), result("ar", 1, 0.6), result("masked", 0, 0.9)
     table = evaluation.compare(runs, evaluation.TABLES).splitlines()
-    assert re.match(r"ar +none +2 +█████····· 0\.5 ±0\.141", table[1])
+    assert re.match(r"ar +none +2 +█████····· 0\.5 ±0\.141 +▁▅  █████····· 0\.5 ±0\.141 +▁▅$", table[1])
     assert re.match(r"masked +none +1 +█████████· 0\.9 ", table[2])
     assert "lr" not in table[0]
     for columns in evaluation.TABLES:
@@ -189,6 +189,7 @@ def test_costs_have_a_table_for_each_axis():
         assert lines[3 * i + 1].split()[2:] == [f"{1e6 * i:.3g}", "/", f"{1e6 * i:.3g}", "-", "/", "-"]
 
 
-def test_bars():
-    """Ten cells, filled to the share."""
+def test_bars_and_curves():
+    """A bar is filled to the share; a curve has a sign for each share, of eight heights."""
     assert [evaluation.bar(share, 4) for share in (0, 0.5, 1)] == ["····", "██··", "████"]
+    assert evaluation.curve([0, 0.12, 0.13, 0.5, 0.99, 1]) == "▁▁▂▅██"
