@@ -87,6 +87,8 @@ def parse_args():
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks")
     add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; .002 for adamw")
+    add("--reading_rate", type=number(float, 0, 1), default=1.0, help="share of the peak rates to read with: "
+        "lower to forget less with --no_replay")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
@@ -150,7 +152,7 @@ def write(path, content):
 def base_path(settings, corpus):
     """The file that school saves, named after all that school depends on: no other run takes it by mistake."""
     school = MODES[settings["mode"]].school
-    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio")
+    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio", "reading_rate")
     schooling = {k: v for k, v in settings.items() if k not in reading}
     schooling |= {"mode": school, "mask_ratio": MODES[school].ratio and settings["mask_ratio"],
                   "corpus": corpus.digest, "torch": torch.__version__}
@@ -221,6 +223,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     generator = torch.Generator().manual_seed(2 * args.seed + (stage == "reading"))
     exams = exam_steps(steps) if stage == "reading" else ()
+    share = args.reading_rate if stage == "reading" else 1
     resumed = path.exists()
     if resumed:
         saved = load(path)
@@ -258,7 +261,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
             # one step of training: all that the objectives share
             clock = time.perf_counter()
             for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
-                optimizer.param_groups[0]["lr"] = peak * schedule(state["step"], steps)
+                optimizer.param_groups[0]["lr"] = share * peak * schedule(state["step"], steps)
             index = batch(corpus, stage, args, generator).to(args.device)
             clean = rows[index]
             inputs, targets, weights = MODES[mode].objective(clean, starts[index], MARKS, args.mask_ratio,

@@ -137,7 +137,7 @@ TRAIN = """
 --batch_size 1 | --batch_size 0 | --batch_size 8.0 | --batch_size x | --lr -1 | --lr nan | --lr inf
 --lr high | --optimizer sgd | --optimizer Muon
 --device abacus | --device cuda:99 | --device meta | --device | --dtype int8 | --dtype float16
---learning_rate 1 | --mask .5 | --out_dir
+--learning_rate 1 | --mask .5 | --out_dir | --reading_rate 2 | --reading_rate -1 | --reading_rate slow
 """
 BAD = [(train, flags.split(), flags.split()[0]) for flags in TRAIN.strip().replace("\n", " | ").split(" | ")]
 BAD += [

@@ -131,6 +131,18 @@ def test_a_reused_base_changes_nothing():
     assert_same_run("out/masked", "out/alone")
 
 
+def test_reading_at_rate_zero_changes_nothing():
+    """--reading_rate is a share of the rates in reading alone: at 0 the base stays as school has left it, and
+    it is the base of a run at any other rate."""
+    tiny(train, folder="out/fast")
+    tiny(train, "--reading_rate", "0", folder="out/still")
+    base, = Path("out/bases").iterdir()
+    school = torch.load(base, weights_only=True)["model"]
+    still, fast = (finished(f"out/{run}")[1] for run in ("still", "fast"))
+    assert all(torch.equal(still[name], school[name]) for name in school)
+    assert not any(torch.equal(fast[name], school[name]) for name in school)
+
+
 @pytest.mark.parametrize("other", (
     ["--seed", "1"], ["--known", "7"], ["--new", "5"], ["--lr", ".01"], ["--school_steps", "5"],
     ["--n_embd", "32"], ["--batch_size", "20"], ["--optimizer", "adamw"], ["--mode", "diffusion"],
