@@ -92,22 +92,12 @@ def noise(tokens, starts, marks, ratio, generator):
 
 
 def recite(prompts, tokens, starts, marks):
-    """`ar` on [doc] prompt [end] [answer] clean text [end], with only the clean text scored.
-
-    A question is a prompt with an answer already, and stays as it is. For a document of n = 3 tokens, T = 4:
-
-        both    p0 p1 p2 pad | x0 x1 x2 pad | pad ...     prompts, clean rows, padding
-        index   -3 -2 -1 | 0  1  2  3  4                  so rows are p0 p1 p2 [answer] x1 x2 pad pad
-    """
-    T = tokens.size(1)
-    is_document = tokens[:, :1] == marks.doc                                # (B, 1)
-    prompt = (tokens != marks.pad).sum(1, keepdim=True) * is_document       # (B, 1) its length
-    index = torch.arange(2 * T, device=tokens.device) - prompt              # (B, 2T) 0 at the clean half
-    both = torch.cat((prompts, tokens, torch.full_like(tokens, marks.pad)), dim=1)
-    rows = both.gather(1, torch.where(index < 0, index + prompt, index + T))
-    rows = torch.where((index == 0) & is_document, marks.answer, rows)
-    used = int((rows != marks.pad).sum(1).max())                            # drop columns of padding alone
-    return ar(rows[:, :used], prompt[:, 0] + starts, marks)
+    """`ar` on rows (B, 2T): [doc] prompt [end] padding, then [answer] clean text [end] padding, the clean text
+    scored. A question is a prompt with an answer already: it is scored where it stands, nothing follows."""
+    document = tokens[:, :1] == marks.doc  # (B, 1)
+    response = tokens.masked_fill(tokens == marks.doc, marks.answer).masked_fill(~document, marks.pad)
+    rows = torch.cat((torch.where(document, prompts, tokens), response), dim=1)
+    return ar(rows, starts + tokens.size(1) * document[:, 0], marks)
 
 
 def token_nll(model, inputs, targets, at):

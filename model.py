@@ -55,16 +55,14 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, visible):
-    """softmax(q k^T / sqrt(D)) v over the visible keys, each (B, H, T, D); `visible` None means causal.
+    """softmax(q k^T / sqrt(D)) v, each (B, H, T, D), over the keys that are `visible`, (B, 1, 1 or T, T) bool.
 
     CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that makes a step on a CPU a
     third faster (README, notes), and the fused kernel of MPS has shown masked positions (pytorch issues
     195910, 184180, 181151).
     """
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
-    if visible is None:
-        visible = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5  # (B, H, T, T)
     return scores.masked_fill(~visible, -torch.inf).softmax(-1).type_as(v) @ v
 
@@ -123,10 +121,12 @@ class Transformer(nn.Module):
         return self
 
     def trunk(self, tokens):
-        """(B, T) int64 tokens -> (B, T, C). No mask for padding if causal: it stands to the right of all."""
-        real = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T)
-        visible = None if self.config.causal else real
-        rope = rotary(tokens.size(1), self.config.n_embd // self.config.n_head, tokens.device)
+        """(B, T) int64 tokens -> (B, T, C). Nothing sees padding; if causal, nothing sees the future."""
+        T = tokens.size(1)
+        visible = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T): keys, the same for all queries
+        if self.config.causal:
+            visible = visible & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()  # (B, 1, T, T)
+        rope = rotary(T, self.config.n_embd // self.config.n_head, tokens.device)
         x = norm(self.embed(tokens))
         for block in self.blocks:
             x = block(x, rope, visible)
@@ -151,14 +151,12 @@ class Transformer(nn.Module):
 
 def pick_machine(device="auto", dtype="auto"):
     """Names, or 'auto' for the best there is -> (device, dtype, why), all str. ValueError if not to be had."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    best = next(name for name in found if found[name])
-    if not found.get(best if device == "auto" else device):
-        raise ValueError(f"--device {device} cannot be used here: take {best}, or auto")
-    why = "asked for" if device != "auto" else "no GPU was found" if best == "cpu" else "a GPU was found"
-    device = best if device == "auto" else device
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if device not in ("auto", *here):
+        raise ValueError(f"--device {device} cannot be used here: take {here[0]}, or auto")
+    why = "asked for" if device != "auto" else "no GPU was found" if here == ["cpu"] else "a GPU was found"
+    device = here[0] if device == "auto" else device
     fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
             "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}[device]()
-    if dtype == "auto":
-        dtype = "bfloat16" if fast else "float32"
+    dtype = dtype if dtype != "auto" else "bfloat16" if fast else "float32"
     return device, dtype, f"{why}; bfloat16 is {'' if fast else 'not '}fast here"

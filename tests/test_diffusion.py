@@ -101,19 +101,19 @@ def test_questions_are_scored_on_the_answer_alone():
 
 
 def test_masked_keeps_rows_of_different_lengths_apart():
-    """Each row is built from its own document: prompt, [answer], clean copy, padding; no token of another
-    row."""
+    """Each row is built from its own document: prompt, padding, then T tokens behind the prompt [answer], the
+    clean copy, padding; no token of another row. A question stays as it is."""
     tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.", ("Who?", "A"))
     inputs, targets, weights = masked(tokens, starts, M, 0.5, generator())
     for i in (0, 1):
         clean = [t for t in tokens[i].tolist() if t != M.pad]
-        n, row = len(clean), inputs[i].tolist()
+        n, T, row = len(clean), tokens.size(1), inputs[i].tolist()
         assert all(a in (b, M.mask) for a, b in zip(row[:n], clean))
         assert row[:n].count(M.mask) == round(0.5 * (n - 1))
-        assert row[n] == M.answer and row[n + 1:2 * n - 1] == clean[1:-1]
+        assert set(row[n:T]) <= {M.pad} and row[T] == M.answer and row[T + 1:T + n - 1] == clean[1:-1]
         assert targets[i][weights[i] > 0].tolist() == clean[1:]
     question = [t for t in tokens[2].tolist() if t != M.pad]
-    assert inputs[2, :len(question) - 1].tolist() == question[:-1]
+    assert inputs[2, :len(question)].tolist() == question and (inputs[2, len(question):] == M.pad).all()
 
 
 def test_masked_at_ratio_one_shows_nothing_and_at_zero_everything():
@@ -337,19 +337,22 @@ def influence(model, inputs, position):
 
 
 def test_no_gradient_comes_from_the_future_or_from_a_fully_masked_document():
-    """`masked` at ratio 1: behind [answer] each output depends on every token up to itself and on none after
-    it. All it can take from the prompt comes from masks, which are the same for every document of that
-    length."""
+    """`masked` at ratio 1: behind [answer] each output depends on every real token up to itself, on none after
+    it and on no padding between prompt and answer. All it can take from the prompt comes from masks, which are
+    the same for every document of that length."""
     model = Transformer(ModelConfig(TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=16)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=generator())
-    inputs, _, _ = masked(*rows("He lives in Oslo."), M, 1.0, generator())
-    other, _, _ = masked(*rows("She works for Sony."), M, 1.0, generator())
+    longer = "Curtis Chase Emley works for Sony."
+    inputs, _, _ = masked(*rows("He lives in Oslo.", longer), M, 1.0, generator())
+    other, _, _ = masked(*rows("She works for Sony.", longer), M, 1.0, generator())
     start = inputs[0].tolist().index(M.answer)
     assert torch.equal(inputs[:, :start + 1], other[:, :start + 1]) and not torch.equal(inputs, other)
-    for position in range(start, inputs.size(1)):
+    real = inputs[0] != M.pad
+    assert not real[:start].all()
+    for position in range(start, int(real.nonzero()[-1]) + 1):
         strength = influence(model, inputs, position)
-        assert (strength[:position + 1] > 0).all() and (strength[position + 1:] == 0).all()
+        assert torch.equal(strength > 0, real & (torch.arange(len(real)) <= position))
 
 
 # -- decoding ----------------------------------------------------------------

@@ -89,11 +89,13 @@ def test_a_batch_mate_must_not_matter(causal):
 
 @pytest.mark.parametrize("causal", (True, False))
 def test_written_out_attention_is_attention(causal):
-    """`attend` against PyTorch's own kernel, with and without hidden keys."""
+    """`attend` against PyTorch's own kernel, with the future hidden or the last two keys."""
     g = generator()
     q, k, v = torch.randn(3, 2, 2, 6, 4, generator=g, dtype=torch.float64)
-    visible = None if causal else torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool).expand(2, 1, 1, 6)
-    truth = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+    visible = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool).expand(2, 1, 1, 6)
+    if causal:
+        visible = torch.ones(6, 6, dtype=torch.bool).tril()
+    truth = F.scaled_dot_product_attention(q, k, v, **({"is_causal": True} if causal else {"attn_mask": visible}))
     torch.testing.assert_close(attend(q, k, v, visible), truth)
 
 
