@@ -1,7 +1,7 @@
 """
 The exam: questions in both directions, greedy answers, exact match. And the tables that compare all runs.
 
-    python eval.py                     one table of all finished runs under out/
+    python eval.py                     the tables of all finished runs under out/
     python eval.py --costs             what it cost them to get there: documents, tokens, FLOPs
     python eval.py out/RUN             examine a run again, from its checkpoint alone
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
@@ -31,13 +31,14 @@ AXES = ("documents", "tokens", "supervised", "flops")           # on which the c
 CHECKPOINT = {"settings", "digest", "model", "optimizers", "generator", "step", "seconds", "loss", "log",
               "mode", "dtype", *AXES, *WORLD, *SHAPE}           # what a checkpoint and its settings hold
 RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "log", "mode", "seed"}    # and a result.json
-TABLES = [  # of the comparison: title of a column -> where a result.json keeps it, for each direction
-    {"new people": "exam {}", "known people": "exam known_{}", "known before reading": "before known_{}"},
-    {"before reading": "before {}", "chance": "chance {}", "one fixed answer": "chance majority_{}"},
-    {"ROUGE-1 recall": "exam rouge {}", "truth is likeliest": "ranking {} first",
-     "reciprocal rank": "ranking {} mrr", "its chance": "ranking {} chance_mrr"},
+TABLES = [  # columns of the comparison: title -> where a result.json keeps it; {} is both directions
+    {"new people": "exam/{}", "known people": "exam/known_{}", "known before reading": "before/known_{}"},
+    {"before reading": "before/{}", "chance": "chance/{}", "one fixed answer": "chance/majority_{}"},
+    {"ROUGE-1 recall": "exam/rouge/{}", "truth is likeliest": "ranking/{}/first",
+     "reciprocal rank": "ranking/{}/mrr", "its chance": "ranking/{}/chance_mrr"},
+    {attribute: f"exam/forward_by_attribute/{attribute}" for attribute in ATTRIBUTES},
 ]
-COSTS = [{f"{axis} to .5": f"cost {axis} {{}} half", f"{axis} to 95 %": f"cost {axis} {{}} own"} for axis in AXES]
+COSTS = [{f"{axis} to .5": f"cost/{axis}/{{}}/half", f"{axis} to 95 %": f"cost/{axis}/{{}}/own"} for axis in AXES]
 
 
 class Stop(Exception):
@@ -50,16 +51,13 @@ def one_line():
     Anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (Stop, OSError, sqlite3.Error) as problem:
-        message = problem
-    except (MemoryError, RuntimeError) as problem:
-        if not isinstance(problem, MemoryError) and "allocate" not in str(problem):
+    except (Stop, OSError, sqlite3.Error, MemoryError, RuntimeError) as problem:
+        memory = isinstance(problem, MemoryError) or "allocate" in str(problem)
+        if isinstance(problem, RuntimeError) and not memory:
             raise
-        message = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        advice = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
+        print(f"error: {advice if memory else problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -204,8 +202,8 @@ def curve(shares):
 
 
 def look_up(result, place):
-    """One number of a result: look_up(result, "exam rouge forward") is result["exam"]["rouge"]["forward"]."""
-    for key in place.split():
+    """One number of a result: look_up(result, "exam/rouge/forward") is result["exam"]["rouge"]["forward"]."""
+    for key in place.split("/"):
         result = result[key]
     return result
 
@@ -213,8 +211,8 @@ def look_up(result, place):
 def report(result):
     """The table at the end of a run: new people beside known people, the start and chance."""
     lines = [f"{'exact match':<18}{'name -> attribute':<22}attributes -> name"]
-    for label, place in (("new people", "exam {}"), ("  before reading", "before {}"), ("  chance", "chance {}"),
-                         ("  ROUGE-1 recall", "exam rouge {}"), ("known people", "exam known_{}")):
+    for label, place in (("new people", "exam/{}"), ("  before reading", "before/{}"), ("  chance", "chance/{}"),
+                         ("  ROUGE-1 recall", "exam/rouge/{}"), ("known people", "exam/known_{}")):
         f, b = (look_up(result, place.format(d)) for d in DIRECTIONS)
         lines.append(f"{label:<18}{f:.2f} {bar(f)}       {b:.2f} {bar(b)}")
     each = "  ".join(f"{name} {share:.2f}" for name, share in result["exam"]["forward_by_attribute"].items())
@@ -241,6 +239,12 @@ def spread(values):
     return f"{fmean(values):.3g}" + (f" ±{stdev(values):.3g}" if len(values) > 1 else "")
 
 
+def cell(runs, place):
+    """The number at a place, over runs: 'forward / backward' if the place has a {}."""
+    places = [place.format(d) for d in DIRECTIONS] if "{}" in place else [place]
+    return " / ".join(spread([look_up(run, one) for run in runs]) for one in places)
+
+
 def aligned(rows):
     """Rows (dicts with the same keys) as a text table under their keys."""
     cells = [list(rows[0])] + [list(row.values()) for row in rows]
@@ -250,19 +254,16 @@ def aligned(rows):
 
 def compare(results, tables):
     """Tables with a line for each setting, mean ± standard deviation over seeds: the exact match of new people
-    as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS), forward / backward."""
+    as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS)."""
     bars, more = [], [[] for _ in tables]
     for key, runs in group(results):
-        values = lambda place, d: [look_up(run, place.format(d)) for run in runs]
         bars.append(key | {"seeds": str(len(runs))})
         for d in DIRECTIONS:
-            score = values("exam {}", d)
             exams = zip(*(run["log"] for run in runs))  # the first exam of all seeds, the second, ...
-            path = curve(fmean(line[d] for line in lines) for lines in exams)
-            bars[-1][d] = f"{bar(fmean(score))} {spread(score):<12} {path}"
+            scores = [fmean(line[d] for line in lines) for lines in exams]
+            bars[-1][d] = f"{bar(scores[-1])} {cell(runs, f'exam/{d}'):<12} {curve(scores)}"
         for rows, columns in zip(more, tables):
-            rows.append(key | {title: " / ".join(spread(values(place, d)) for d in DIRECTIONS)
-                               for title, place in columns.items()})
+            rows.append(key | {title: cell(runs, place) for title, place in columns.items()})
     return "\n\n".join(map(aligned, (bars, *more)))
 
 
@@ -281,31 +282,29 @@ def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Compare runs, examine one again, ask it, or watch it.")
     add = parser.add_argument
-    add("run", nargs="?", help="folder of one run, such as out/masked-none-seed0; left out, all are compared")
+    add("path", nargs="?", default="out", type=Path, help="folder of one run to examine, such as "
+        "out/masked-none-seed0, or a folder of runs to compare (default: out)")
     add("--costs", action="store_true", help="compare what the runs cost instead of what they know")
     add("--ask", type=question, help="let the run answer a question in the exam's wording")
     add("--show", action="store_true", help="print each step of a diffusion run's answer, to --ask or to one "
         "question of each direction")
-    add("--out", default="out", help="where to look for runs to compare (default: out)")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
 
-    if args.run is None:
-        if args.ask or args.show:
-            raise Stop('--ask and --show need a run folder: python eval.py out/RUN --ask "..."')
-        results = [load(path) for path in sorted(Path(args.out).glob("*/result.json"))]
-        if not results:
-            raise Stop(f"no finished run under {args.out}/: start with python train.py --mode masked")
-        return print(compare(results, COSTS if args.costs else TABLES))
+    results = sorted(args.path.glob("*/result.json"))
+    if results and not (args.ask or args.show):
+        return print(compare([load(path) for path in results], COSTS if args.costs else TABLES))
+    path = args.path / "ckpt.pt"
+    if not path.exists():
+        raise Stop(f"{path} is missing: name the folder of one run, or of finished runs to compare; "
+                   "python train.py --mode masked makes one")
     if args.costs:
-        raise Stop("--costs compares all runs: leave the run folder out")
-
-    path = Path(args.run) / "ckpt.pt"
+        raise Stop(f"--costs compares runs, and {args.path} is one: name a folder that holds some")
     saved = load(path)
     mode = saved["settings"]["mode"]
     if args.show and MODES[mode].causal:
-        raise Stop(f"--show needs a diffusion run; {args.run} was trained with --mode {mode}")
+        raise Stop(f"--show needs a diffusion run; {args.path} was trained with --mode {mode}")
     corpus, model, _ = make_world(saved["settings"] | {"device": args.device})
     restore(saved, corpus, model, path)
 
@@ -317,7 +316,7 @@ def main():
     elif args.ask:
         print(answers(model, mode, [args.ask])[0])
     elif not saved["log"]:
-        raise Stop(f"{args.run} has not come to its first exam: go on with its command and --resume")
+        raise Stop(f"{args.path} has not come to its first exam: go on with its command and --resume")
     else:
         print(report({"exam": exam(model, mode, corpus), "before": saved["log"][0], "chance": chance(corpus)}))
 

@@ -63,11 +63,11 @@ def parse_args():
         usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train on generated biographies, then take the exam.")
     add = parser.add_argument_group("what is compared").add_argument
-    add("--mode", choices=MODES, default="masked", help="next token; masked diffusion; masked fine-tuning of "
-        "the next-token model; as a control, the last with random tokens for a prompt")
+    add("--mode", choices=MODES, default="masked", help="next token; masked diffusion; masked fine-tuning; "
+        "noise, its control: random tokens for a prompt")
     add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of "
-        "facts; five in changing order, name first; the same, name anywhere; as controls, one text that is "
-        "also read backwards, one whose name is never masked or scored")
+        "facts; five in changing order, name first; the same, name anywhere; one that is also read backwards; "
+        "one whose name is never masked or scored")
     add("--mask_ratio", type=ratio, help="how much is masked: a share such as .5, uniform (k ~ U{1..L}) or "
         "paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
@@ -102,14 +102,12 @@ def parse_args():
         parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
-    left_out = {"mask_ratio": mode.ratio, "wordings": ARMS[args.paraphrases].wordings}
-    for name, value in left_out.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    parser.set_defaults(mask_ratio=mode.ratio, wordings=ARMS[args.paraphrases].wordings)
+    args = parser.parse_args()
     if args.out_dir is None:
         named = ("mode", "paraphrases", "seed", "device", "dtype", "compile", "out_dir", "resume")
         changed = [k if value is True else f"{k}{value}" for k, value in vars(args).items()
-                   if k not in named and value != left_out.get(k, parser.get_default(k))]
+                   if k not in named and value != parser.get_default(k)]
         args.out_dir = "out/" + "-".join([args.mode, args.paraphrases, *changed, f"seed{args.seed}"])
     if not args.out_dir.strip():
         parser.error("--out_dir is empty: name a folder")

@@ -151,12 +151,13 @@ def test_costs_are_read_off_a_straight_line():
 def result(mode, seed, score, **settings):
     """A result.json with the same score everywhere."""
     exam = dict.fromkeys(("forward", "backward", "known_forward", "known_backward"), score)
+    exam["forward_by_attribute"] = dict.fromkeys(ATTRIBUTES, score)
     chance = dict.fromkeys(("forward", "backward", "majority_forward", "majority_backward"), 0.01)
     settings = {"mode": mode, "paraphrases": "none", "seed": seed, "lr": 0.02} | settings
     spent = {axis: {d: {"half": 1e6 * i, "own": None} for d in evaluation.DIRECTIONS}
              for i, axis in enumerate(evaluation.AXES)}
     return {"settings": settings, "before": exam, "exam": exam | {"rouge": exam}, "chance": chance,
-            "log": [dict.fromkeys(exam, 0.0), exam], "cost": spent, "ranking": dict.fromkeys(
+            "log": [dict.fromkeys(evaluation.DIRECTIONS, 0.0), exam], "cost": spent, "ranking": dict.fromkeys(
                 ("forward", "backward"), {"first": score, "mrr": score, "chance_mrr": 0.05})}
 
 
@@ -171,6 +172,7 @@ def test_seeds_are_averaged_with_their_spread():
     for columns in evaluation.TABLES:
         assert any(all(title in line for title in columns) for line in table)
     assert any(re.match(r"ar +none .* 0\.01 ±0 / 0\.01 ±0", line) for line in table)  # chance
+    assert re.match(r"ar +none( +0\.5 ±0\.141){6}$", table[-2])  # each attribute
 
 
 def test_settings_that_differ_are_rows_with_a_column_of_their_own():

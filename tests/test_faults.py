@@ -144,9 +144,9 @@ BAD += [
     (train, ["extra"], "extra"), (train, ["--out_dir", ""], "--out_dir"),
     (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
     (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"),
-    (evaluation, [], "train.py"), (evaluation, ["--costs"], "train.py"), (evaluation, ["out/no"], "missing"),
-    (evaluation, ["--out", "nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "run folder"),
-    (evaluation, ["--show"], "run folder"), (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "b"),
+    (evaluation, [], "train.py"), (evaluation, ["--costs"], "train.py"), (evaluation, ["out/no"], "out"),
+    (evaluation, ["nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "one run"),
+    (evaluation, ["--show"], "one run"), (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "b"),
     (data, ["--seed", "x"], "--seed"), (data, ["--people", "3"], "--people"),
 ]
 
@@ -273,7 +273,9 @@ def test_show_prints_every_step_of_filling_in_masks(runs, capsys):
 
 
 def test_eval_says_what_does_not_go_together(runs, capfd):
-    """A causal run has no masks to show; costs are of all runs; a device that is not there."""
+    """A causal run has no masks to show; costs are of many runs, a question goes to one; a device that is not
+    there."""
+    assert "one run" in refusal(capfd, evaluation, "out", "--ask", "Who?")
     assert "diffusion" in refusal(capfd, evaluation, "out/masked", "--show")
     assert "--costs" in refusal(capfd, evaluation, "out/masked", "--costs")
     assert "--device" in refusal(capfd, evaluation, "out/masked", "--device", "abacus")
