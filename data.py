@@ -213,8 +213,8 @@ WORDS = sorted(set(re.findall(r"\w+", " ".join([
     *MEN, *WOMEN, *MIDDLE, *LAST, *flat(POOLS.values()), *flat(WORDINGS.values()), *POOLS, *RELATIVE.values(),
     "What is the of Who and He She"]))))
 
-# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. tiktoken
-# looks a whole piece up before it merges bytes, so " Boston" is one token, and an unknown word is its bytes.
+# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. It
+# looks a whole piece up before it merges bytes: " Boston" is one token, and an unknown word is its bytes.
 SPELLINGS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
     "biographies", pat_str=PIECES,

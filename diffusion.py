@@ -92,8 +92,8 @@ def noise(tokens, starts, marks, ratio, generator):
 
 
 def recite(prompts, tokens, starts, marks):
-    """`ar` on rows (B, 2T): [doc] prompt [end] padding, then [answer] clean text [end] padding, the clean text
-    scored. A question is a prompt with an answer already: it is scored where it stands, nothing follows."""
+    """`ar` on rows (B, 2T): [doc] prompt [end] padding, then [answer] clean text [end] padding, of which the
+    clean text is scored. A question is a prompt with an answer already: it is scored where it stands."""
     document = tokens[:, :1] == marks.doc  # (B, 1)
     response = tokens.masked_fill(tokens == marks.doc, marks.answer).masked_fill(~document, marks.pad)
     rows = torch.cat((torch.where(document, prompts, tokens), response), dim=1)

@@ -30,7 +30,7 @@ SHAPE = ("n_layer", "n_head", "n_embd")                         # and a model
 AXES = ("documents", "tokens", "supervised", "flops")           # on which the cost of reading is counted
 CHECKPOINT = {"settings", "digest", "model", "optimizers", "generator", "step", "seconds", "loss", "log",
               "mode", "dtype", *AXES, *WORLD, *SHAPE}           # what a checkpoint and its settings hold
-RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "log", "mode", "seed"}    # and a result.json
+RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "log", "mode", "seed"}  # a result.json
 TABLES = [  # columns of the comparison: title -> where a result.json keeps it; {} is both directions
     {"new people": "exam/{}", "known people": "exam/known_{}", "known before reading": "before/known_{}"},
     {"before reading": "before/{}", "chance": "chance/{}", "one fixed answer": "chance/majority_{}"},
@@ -38,7 +38,8 @@ TABLES = [  # columns of the comparison: title -> where a result.json keeps it; 
      "reciprocal rank": "ranking/{}/mrr", "its chance": "ranking/{}/chance_mrr"},
     {attribute: f"exam/forward_by_attribute/{attribute}" for attribute in ATTRIBUTES},
 ]
-COSTS = [{f"{axis} to .5": f"cost/{axis}/{{}}/half", f"{axis} to 95 %": f"cost/{axis}/{{}}/own"} for axis in AXES]
+COSTS = [{f"{axis} to .5": f"cost/{axis}/{{}}/half", f"{axis} to 95 %": f"cost/{axis}/{{}}/own"}
+         for axis in AXES]
 
 
 class Stop(Exception):
@@ -132,8 +133,8 @@ def chance(corpus):
 
 
 def costs(log):
-    """{axis: {direction: what reading cost until the score was .5 ("half"), until it was 95 % of the run's own
-    last score and at least .05 ("own")}}: on a straight line between two exams, None if never reached."""
+    """{axis: {direction: what reading cost until the score was .5 ("half"), until it was 95 % of the last
+    score and at least .05 ("own")}}: on a straight line between two exams, None if never reached."""
     def cost(axis, direction, goal):
         points = [(line[axis] - log[0][axis], line[direction]) for line in log]
         for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
@@ -165,15 +166,14 @@ def make_world(settings):
 def load(path):
     """The dict in a checkpoint (.pt; code in it is never run) or in a result.json that train.py wrote."""
     try:
-        if path.suffix == ".pt":
-            saved, needed = torch.load(path, map_location="cpu", weights_only=True), CHECKPOINT
-        else:
-            saved, needed = json.loads(path.read_text(encoding="utf-8")), RESULT
-        if needed <= {*saved, *saved["settings"]}:
+        checkpoint = path.suffix == ".pt"
+        saved = (torch.load(path, map_location="cpu", weights_only=True) if checkpoint else
+                 json.loads(path.read_text(encoding="utf-8")))
+        if (CHECKPOINT if checkpoint else RESULT) <= {*saved, *saved["settings"]}:
             return saved
     except Exception:  # there is no end to what a damaged file can raise
         pass
-    raise Stop(f"{path} is missing, cut short or of another version: delete what is there, then train (again)")
+    raise Stop(f"{path} is missing, cut short or of another version: delete it, then train (again)")
 
 
 def restore(saved, corpus, model, path):
@@ -211,8 +211,9 @@ def look_up(result, place):
 def report(result):
     """The table at the end of a run: new people beside known people, the start and chance."""
     lines = [f"{'exact match':<18}{'name -> attribute':<22}attributes -> name"]
-    for label, place in (("new people", "exam/{}"), ("  before reading", "before/{}"), ("  chance", "chance/{}"),
-                         ("  ROUGE-1 recall", "exam/rouge/{}"), ("known people", "exam/known_{}")):
+    for label, place in (("new people", "exam/{}"), ("  before reading", "before/{}"),
+                         ("  chance", "chance/{}"), ("  ROUGE-1 recall", "exam/rouge/{}"),
+                         ("known people", "exam/known_{}")):
         f, b = (look_up(result, place.format(d)) for d in DIRECTIONS)
         lines.append(f"{label:<18}{f:.2f} {bar(f)}       {b:.2f} {bar(b)}")
     each = "  ".join(f"{name} {share:.2f}" for name, share in result["exam"]["forward_by_attribute"].items())
@@ -253,8 +254,8 @@ def aligned(rows):
 
 
 def compare(results, tables):
-    """Tables with a line for each setting, mean ± standard deviation over seeds: the exact match of new people
-    as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS)."""
+    """Tables with a line for each setting, mean ± standard deviation over seeds: first the exact match of new
+    people as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS)."""
     bars, more = [], [[] for _ in tables]
     for key, runs in group(results):
         bars.append(key | {"seeds": str(len(runs))})
@@ -282,12 +283,10 @@ def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Compare runs, examine one again, ask it, or watch it.")
     add = parser.add_argument
-    add("path", nargs="?", default="out", type=Path, help="folder of one run to examine, such as "
-        "out/masked-none-seed0, or a folder of runs to compare (default: out)")
+    add("path", nargs="?", default="out", type=Path, help="one run, or the folder of many (default: out)")
     add("--costs", action="store_true", help="compare what the runs cost instead of what they know")
     add("--ask", type=question, help="let the run answer a question in the exam's wording")
-    add("--show", action="store_true", help="print each step of a diffusion run's answer, to --ask or to one "
-        "question of each direction")
+    add("--show", action="store_true", help="watch a diffusion run answer, --ask or the exam")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
@@ -318,7 +317,8 @@ def main():
     elif not saved["log"]:
         raise Stop(f"{args.path} has not come to its first exam: go on with its command and --resume")
     else:
-        print(report({"exam": exam(model, mode, corpus), "before": saved["log"][0], "chance": chance(corpus)}))
+        before = saved["log"][0]
+        print(report({"exam": exam(model, mode, corpus), "before": before, "chance": chance(corpus)}))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, visible):
-    """softmax(q k^T / sqrt(D)) v, each (B, H, T, D), over the keys that are `visible`, (B, 1, 1 or T, T) bool.
+    """softmax(q k^T / sqrt(D)) v, each (B, H, T, D), over the `visible` keys, (B, 1, 1 or T, T) bool.
 
     CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that makes a step on a CPU a
     third faster (README, notes), and the fused kernel of MPS has shown masked positions (pytorch issues
@@ -123,9 +123,9 @@ class Transformer(nn.Module):
     def trunk(self, tokens):
         """(B, T) int64 tokens -> (B, T, C). Nothing sees padding; if causal, nothing sees the future."""
         T = tokens.size(1)
-        visible = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T): keys, the same for all queries
+        visible = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
         if self.config.causal:
-            visible = visible & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()  # (B, 1, T, T)
+            visible = visible.expand(-1, -1, T, -1).tril()  # (B, 1, T, T): keys up to each query
         rope = rotary(T, self.config.n_embd // self.config.n_head, tokens.device)
         x = norm(self.embed(tokens))
         for block in self.blocks:
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
 
 
 def pick_machine(device="auto", dtype="auto"):
-    """Names, or 'auto' for the best there is -> (device, dtype, why), all str. ValueError if not to be had."""
+    """Names, or 'auto' for the best there is -> (device, dtype, why), all str. ValueError if not there."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if device not in ("auto", *here):
         raise ValueError(f"--device {device} cannot be used here: take {here[0]}, or auto")

@@ -66,13 +66,13 @@ def parse_args():
     add("--mode", choices=MODES, default="masked", help="next token; masked diffusion; masked fine-tuning; "
         "noise, its control: random tokens for a prompt")
     add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of "
-        "facts; five in changing order, name first; the same, name anywhere; one that is also read backwards; "
-        "one whose name is never masked or scored")
+        "facts; five in changing order, name first; the same, name anywhere; one also read backwards; one "
+        "whose name is never masked or scored")
     add("--mask_ratio", type=ratio, help="how much is masked: a share such as .5, uniform (k ~ U{1..L}) or "
         "paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
-    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions: raise to know new ones better")
+    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions: raise with steps")
     add("--new", type=number(int, 1, 10**6), default=100, help="people with documents alone: the exam")
     add("--wordings", type=number(int, 1, 10), help="ways to word a fact: raise with people and steps; left "
         "out, 5 where a person has several texts, otherwise 1")
@@ -87,11 +87,10 @@ def parse_args():
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks")
     add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; .002 for adamw")
-    add("--reading_rate", type=number(float, 0, 1), default=1.0, help="share of the peak rates to read with: "
-        "lower to forget less with --no_replay")
+    add("--reading_rate", type=number(float, 0, 1), default=1.0, help="share of the peak rates for reading")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
     add("--compile", action="store_true", help="let torch.compile fuse the model; needs a compiler, a minute")
     add("--out_dir", help="folder of this run; left out, out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED")
     add("--resume", action="store_true", help="go on with the run in the folder; start it if there is none")
@@ -148,7 +147,7 @@ def write(path, content):
 
 
 def base_path(settings, corpus):
-    """The file that school saves, named after all that school depends on: no other run takes it by mistake."""
+    """The file that school saves, named after all that school depends on: no other run can mistake it."""
     school = MODES[settings["mode"]].school
     reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio", "reading_rate")
     schooling = {k: v for k, v in settings.items() if k not in reading}
@@ -281,7 +280,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
                      "tokens": tokens, "supervised": scored, "flops": model.flops(*inputs.shape, scored)}
             state |= {name: state[name] + amount for name, amount in spent.items()}
             state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
-            progress.set_postfix_str(f"loss {state['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+            progress.set_postfix_str(f"loss {state['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", False)
             progress.update()
 
             step, ends = state["step"], state["step"] == steps
@@ -315,11 +314,11 @@ def main():
     with lock(folder):
         before = load(path)["settings"] if path.exists() else vars(args)
         if path.exists() and not resume:
-            raise Stop(f"{folder} holds a run already: add --resume to go on with it, or choose another --out_dir")
+            raise Stop(f"{folder} holds a run: add --resume to go on with it, or choose another --out_dir")
         for name, value in vars(args).items():
             if before.get(name) != value:
-                raise Stop(f"{folder} was trained with --{name} {before.get(name)}, not {value}: give the same "
-                           "value, or another --out_dir")
+                raise Stop(f"{folder} was trained with --{name} {before.get(name)}, not {value}: "
+                           "give the same value, or another --out_dir")
         print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device} ({why})")
         print(f"{args.known} known and {args.new} new people, "
               f"{len(corpus.groups['new_documents']) // args.new} text(s) each; writing to {folder}")

@@ -337,9 +337,9 @@ def influence(model, inputs, position):
 
 
 def test_no_gradient_comes_from_the_future_or_from_a_fully_masked_document():
-    """`masked` at ratio 1: behind [answer] each output depends on every real token up to itself, on none after
-    it and on no padding between prompt and answer. All it can take from the prompt comes from masks, which are
-    the same for every document of that length."""
+    """`masked` at ratio 1: behind [answer] each output depends on every real token up to itself, on none
+    after it and on no padding between prompt and answer. All it can take from the prompt comes from masks,
+    which are the same for every document of that length."""
     model = Transformer(ModelConfig(TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=16)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=generator())

@@ -95,7 +95,7 @@ def test_written_out_attention_is_attention(causal):
     visible = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool).expand(2, 1, 1, 6)
     if causal:
         visible = torch.ones(6, 6, dtype=torch.bool).tril()
-    truth = F.scaled_dot_product_attention(q, k, v, **({"is_causal": True} if causal else {"attn_mask": visible}))
+    truth = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else visible, is_causal=causal)
     torch.testing.assert_close(attend(q, k, v, visible), truth)
 
 
