@@ -221,16 +221,16 @@ def report(result):
 
 
 def group(results):
-    """[(the settings in which runs differ, the runs that differ in seed alone: one for each seed)]."""
+    """[(label, the runs that differ in seed and machine alone, one for each seed)] from {folder: result}. The
+    label is the first folder's name without its seed."""
     groups = {}
-    for result in results:
+    for folder, result in results.items():
+        seed = result["settings"]["seed"]
         key = {k: v for k, v in result["settings"].items() if k not in ("seed", "device", "dtype", "compile")}
-        groups.setdefault(json.dumps(key, sort_keys=True), {})[result["settings"]["seed"]] = result
-    keys = [json.loads(key) for key in groups]
-    differ = [k for k in keys[0] if len({str(key.get(k)) for key in keys}) > 1]
-    shown = dict.fromkeys(["mode", "paraphrases", *differ])
-    return [({k: str(key.get(k)) for k in shown}, list(runs.values()))
-            for key, runs in zip(keys, groups.values())]
+        label = folder.removesuffix(f"-seed{seed}")
+        label, runs = groups.setdefault(json.dumps(key, sort_keys=True), (label, {}))
+        runs[seed] = result
+    return [(label, list(runs.values())) for label, runs in groups.values()]
 
 
 def spread(values):
@@ -257,14 +257,14 @@ def compare(results, tables):
     """Tables with a line for each setting, mean ± standard deviation over seeds: first the exact match of new
     people as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS)."""
     bars, more = [], [[] for _ in tables]
-    for key, runs in group(results):
-        bars.append(key | {"seeds": str(len(runs))})
+    for label, runs in group(results):
+        bars.append({"run": label, "seeds": str(len(runs))})
         for d in DIRECTIONS:
             exams = zip(*(run["log"] for run in runs))  # the first exam of all seeds, the second, ...
             scores = [fmean(line[d] for line in lines) for lines in exams]
             bars[-1][d] = f"{bar(scores[-1])} {cell(runs, f'exam/{d}'):<12} {curve(scores)}"
         for rows, columns in zip(more, tables):
-            rows.append(key | {title: cell(runs, place) for title, place in columns.items()})
+            rows.append({"run": label} | {title: cell(runs, place) for title, place in columns.items()})
     return "\n\n".join(map(aligned, (bars, *more)))
 
 
@@ -293,7 +293,8 @@ def main():
 
     results = sorted(args.path.glob("*/result.json"))
     if results and not (args.ask or args.show):
-        return print(compare([load(path) for path in results], COSTS if args.costs else TABLES))
+        results = {path.parent.name: load(path) for path in results}
+        return print(compare(results, COSTS if args.costs else TABLES))
     path = args.path / "ckpt.pt"
     if not path.exists():
         raise Stop(f"{path} is missing: name the folder of one run, or of finished runs to compare; "
