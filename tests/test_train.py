@@ -44,6 +44,18 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
         assert mode in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, name", (
+    ("", "masked-none-seed0"), ("--mode ar --seed 3", "ar-none-seed3"),
+    ("--mask_ratio .75 --wordings 1 --lr .02", "masked-none-seed0"),
+    ("--paraphrases same --wordings 5 --known 300 --no_replay", "masked-same-no_replay-known300-seed0"),
+    ("--mode diffusion --mask_ratio .5 --device cpu", "diffusion-none-mask_ratio0.5-seed0")))
+def test_a_folder_is_named_after_what_was_changed(flags, name, monkeypatch):
+    """Mode, arm, each flag that decides the result and is not at its default, seed: two settings never share
+    a folder, and a default that is spelled out makes no new one."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    assert train.parse_args().out_dir == f"out/{name}"
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_arm_can_be_trained_on(arm):
     """Every way to write the documents goes through the whole path; its name is in the folder's."""
@@ -247,11 +259,13 @@ def test_bfloat16_learns_the_same_within_its_precision():
 
 
 def test_the_readmes_commands_are_accepted(monkeypatch):
-    """Every `python train.py ...` in the README is parsed by the script it calls; the files it maps exist."""
+    """Every `python train.py ...` in the README, and every row of flags in its tables and loops, is parsed by
+    the script; the files it maps exist."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"python train\.py([^\n`#|>;]*)", readme)
-    assert len(commands) >= 3
-    for command in commands:
+    commands = re.findall(r"python train\.py([^\n`#|<>;]*)", readme)
+    rows = re.findall(r"(?:^|\| `)(--mode [^\n`]*)", readme, re.MULTILINE)
+    assert len(commands) >= 3 and len(rows) >= 20
+    for command in commands + rows:
         words = re.sub(r"\$\w+", lambda m: {"$mode": "ar", "$seed": "0"}.get(m[0], ""), command)
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
         train.parse_args()
