@@ -122,11 +122,12 @@ class Transformer(nn.Module):
 
     def trunk(self, tokens):
         """(B, T) int64 tokens -> (B, T, C). Nothing sees padding; if causal, nothing sees the future."""
-        T = tokens.size(1)
+        T, device = tokens.size(1), tokens.device
         visible = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
         if self.config.causal:
-            visible = visible.expand(-1, -1, T, -1).tril()  # (B, 1, T, T): keys up to each query
-        rope = rotary(T, self.config.n_embd // self.config.n_head, tokens.device)
+            position = torch.arange(T, device=device)
+            visible = visible & (position <= position[:, None])  # (B, 1, T, T): keys up to each query
+        rope = rotary(T, self.config.n_embd // self.config.n_head, device)
         x = norm(self.embed(tokens))
         for block in self.blocks:
             x = block(x, rope, visible)

@@ -221,8 +221,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
     generator = torch.Generator().manual_seed(2 * args.seed + (stage == "reading"))
     exams = exam_steps(steps) if stage == "reading" else ()
     share = args.reading_rate if stage == "reading" else 1
-    resumed = path.exists()
-    if resumed:
+    if path.exists():
         saved = load(path)
         restore(saved, corpus, model, path)
         state = {k: saved[k] for k in state}
@@ -252,7 +251,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
         write(path, content.getvalue())
 
     with tqdm(total=steps, initial=state["step"], desc=stage, unit="step", dynamic_ncols=True) as progress:
-        if 0 in exams and not resumed:
+        if exams and not state["log"]:
             examine()
         while state["step"] < steps:
             # one step of training: all that the objectives share
