@@ -42,8 +42,8 @@ def corrupt(allowed, ratio, generator):
           "paper"     t ~ U(.05, .95) in each row, then each position on its own with probability t (eq. 1)
 
     Returns (hidden (B, T) bool, weights (B, T) float). The weights are 1 / k, so that a row's loss is the
-    mean over its hidden tokens, and the mean of that over "uniform" is the ELBO per token. For "paper" they
-    are 1 / (t L), which is *not* the ELBO: no t lies near 0 or 1.
+    mean over its hidden tokens, and the mean of that over "uniform" is -ELBO / L. For "paper" they are
+    1 / (t L), which is *not* that: no t lies near 0 or 1.
     """
     B, T = allowed.shape
     draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)

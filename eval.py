@@ -177,7 +177,7 @@ def load(path):
 
 
 def restore(saved, corpus, model, path):
-    """Put the weights of a checkpoint into the model, if data.py and model.py are still as they were."""
+    """Put the weights of a checkpoint into the model, if the corpus and the shapes are the same."""
     if saved["digest"] != corpus.digest:
         raise Stop(f"{path} was trained on another corpus than data.py now writes: train again")
     try:

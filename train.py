@@ -86,7 +86,7 @@ def parse_args():
     add("--steps", type=number(int, 1, 10**9), default=1500, help="steps of reading: raise if scores rise")
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices inside the blocks")
-    add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of the matrices; .002 for adamw")
+    add("--lr", type=number(float, 0, 100), default=0.02, help="peak rate of matrices: take .002 for adamw")
     add("--reading_rate", type=number(float, 0, 1), default=1.0, help="share of the peak rates for reading")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
@@ -129,8 +129,9 @@ def lock(folder):
     except (OSError, sqlite3.Error) as problem:
         why = "another run is at work there" if "locked" in str(problem) else problem
         raise Stop(f"{folder} cannot be used ({why}): choose another --out_dir")
-    for left_behind in folder.glob("*.tmp"):  # by a process that was killed while it wrote
-        left_behind.unlink()
+    for name in ("ckpt.pt", "log.jsonl", "result.json"):
+        for left_behind in folder.glob(f"{name}.*.tmp"):  # by a process that was killed while it wrote
+            left_behind.unlink()
     return contextlib.closing(database)
 
 
@@ -152,7 +153,9 @@ def base_path(settings, corpus):
     reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio", "reading_rate")
     schooling = {k: v for k, v in settings.items() if k not in reading}
     schooling |= {"mode": school, "mask_ratio": MODES[school].ratio and settings["mask_ratio"],
-                  "corpus": corpus.digest, "torch": torch.__version__}
+                  "corpus": corpus.digest, "torch": torch.__version__,
+                  "code": [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+                           for name in ("model", "diffusion", "train")]}
     return BASES / f"{hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]}.pt"
 
 
@@ -235,7 +238,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
         """Ctrl-C: finish the step, then save and stop. A second one ends the program at once."""
         interrupted.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, interrupt)
+    previous = signal.signal(signal.SIGINT, interrupt)
 
     def examine():
         line = {"stage": stage} | {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus)
@@ -288,8 +291,9 @@ def train(stage, mode, steps, state, path, args, corpus, model):
             if step in exams or ends or interrupted or time.perf_counter() - saved_at > SAVE_EVERY:
                 save()
                 saved_at = time.perf_counter()
-            if interrupted and not ends:
+            if interrupted:
                 raise Stop(f"stopped at step {step} of {stage}, nothing is lost: --resume goes on")
+    signal.signal(signal.SIGINT, previous)
     return state
 
 
@@ -311,6 +315,9 @@ def main():
     path, finished = folder / "ckpt.pt", folder / "result.json"
 
     with lock(folder):
+        if finished.exists() and not path.exists():
+            raise Stop(f"{finished} is of a run whose checkpoint is gone: move it away, "
+                       "or choose another --out_dir")
         before = load(path)["settings"] if path.exists() else vars(args)
         if path.exists() and not resume:
             raise Stop(f"{folder} holds a run: add --resume to go on with it, or choose another --out_dir")

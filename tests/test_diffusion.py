@@ -320,6 +320,7 @@ def test_noise_has_the_shape_of_masked_and_tells_nothing():
     a, b, starts = (x.repeat_interleave(500, dim=0) for x in (a, b, starts))
     prompt = lambda rows: noise(rows, starts, M, 0.5, generator())[0][:, :7]
     assert torch.equal(prompt(a), prompt(b)) and (prompt(a)[:, 1:] >= len(M)).all()
+    assert prompt(a)[:, 1:].unique().numel() > 100
 
 
 def influence(model, inputs, position):

@@ -85,6 +85,21 @@ def test_a_second_run_in_the_same_folder_is_refused(capfd):
     tiny(train)
 
 
+def test_files_of_others_are_left_alone(capfd):
+    """A run removes what it left behind itself and nothing else; a result without its checkpoint is neither
+    overwritten nor taken for the result of a new run."""
+    Path("out/run").mkdir(parents=True)
+    for name in ("notes.tmp", "ckpt.pt.1.tmp"):
+        Path("out/run", name).touch()
+    tiny(train)
+    assert Path("out/run/notes.tmp").exists() and not Path("out/run/ckpt.pt.1.tmp").exists()
+    Path("out/run/ckpt.pt").unlink()
+    before = Path("out/run/result.json").read_bytes()
+    flags = "--out_dir", "out/run", "--mode", "diffusion", "--resume"
+    assert "result.json" in refusal(capfd, train, *TINY, *flags)
+    assert Path("out/run/result.json").read_bytes() == before
+
+
 def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, capfd):
     """Because a file stands in the way, or because the system forbids it."""
     Path("file").write_text("a file", encoding="utf-8")

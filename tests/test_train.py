@@ -110,7 +110,7 @@ def test_a_resumed_run_equals_an_unbroken_one(killed_at, save_every, monkeypatch
     assert_same_run("a/run", "b/run")
 
 
-@pytest.mark.parametrize("pressed_at", (2, 7))
+@pytest.mark.parametrize("pressed_at", (2, 4, 7, 10))
 def test_ctrl_c_saves_and_says_how_to_go_on(pressed_at, monkeypatch, capfd):
     """The step is finished, the checkpoint written, in school as in reading; --resume repeats no step."""
     unbroken()
@@ -167,7 +167,8 @@ def test_a_base_of_other_settings_is_never_reused(other):
 
 
 def test_a_base_of_other_code_is_never_reused(monkeypatch):
-    """The constants at the top of train.py count as settings: who changes one gets another base."""
+    """The constants at the top of train.py count as settings, and so does the text of the files that school
+    runs through: who changes either gets another base."""
     tiny(train, "--mode", "diffusion", folder="out/first")
     tiny(train, "--mode", "diffusion", "--mask_ratio", ".5", folder="out/second")
     assert len(list(Path("out/bases").iterdir())) == 2
@@ -175,6 +176,11 @@ def test_a_base_of_other_code_is_never_reused(monkeypatch):
         monkeypatch.setattr(train, name, 0.3)
         tiny(train, "--mode", "diffusion", folder=f"out/{name}")
     assert len(list(Path("out/bases").iterdir())) == 5
+    real = Path.read_text
+    edited = lambda path, **kwargs: real(path, **kwargs) + "#" * (path.name == "model.py")
+    monkeypatch.setattr(Path, "read_text", edited)
+    tiny(train, "--mode", "diffusion", folder="out/edited")
+    assert len(list(Path("out/bases").iterdir())) == 6
 
 
 def batches(stage, n, **settings):
@@ -195,6 +201,23 @@ def test_no_training_row_of_reading_is_a_new_persons_question():
     assert any(int(i) in corpus.groups["new_documents"] for i in seen)
     seen, corpus = batches("school", 200)
     assert not any(int(i) in corpus.groups["new_documents"] for i in seen)
+
+
+@pytest.mark.parametrize("stage, each", (("school", [13, 0, 2, 1]), ("reading", [5, 8, 2, 1])))
+def test_each_batch_has_its_share_of_each_group(stage, each):
+    """Of 16 rows three are questions, one of them backward; in reading .6 of the 13 documents are new."""
+    seen, corpus = batches(stage, 50)
+    count = [sum(i in rows for i in seen.tolist()) for rows in corpus.groups.values()]
+    assert count == [50 * n for n in each]
+
+
+def test_the_optimizers_get_their_rates_and_decay():
+    """After the last of six steps: each peak rate times the schedule, decay on the matrices alone."""
+    tiny(train)
+    groups = [o["param_groups"][0] for o in torch.load("out/run/ckpt.pt", weights_only=True)["optimizers"]]
+    peaks = 0.02, train.EMBEDDING_LR
+    assert [g["lr"] for g in groups] == pytest.approx([peak * train.schedule(5, 6) for peak in peaks])
+    assert [g["weight_decay"] for g in groups] == [train.WEIGHT_DECAY, 0]
 
 
 def test_without_replay_only_new_documents_are_read():
