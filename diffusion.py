@@ -1,14 +1,15 @@
 """
 Corruption, the objectives, the loss they share, the two decoders, and how likely an answer is.
 
-An objective maps clean rows to (inputs, targets, weights). `Curtis studied Law [end]`, two tokens masked:
+An objective maps clean rows to (inputs, targets, weights). `Curtis studied Law [end]`, two tokens masked
+(it may be the end, too); `..` is padding up to the longest row of the batch:
 
     ar         inputs   [doc]  Curtis  studied Law            every next token, from what stands before it
                targets  Curtis studied Law     [end]
     diffusion  inputs   [doc]  [mask]  studied [mask] [end]   the masked tokens, from both sides
                targets         Curtis          Law
-    masked     inputs   [doc] [mask] studied [mask] [end] [answer] Curtis  studied Law
-               targets                                    Curtis   studied Law     [end]
+    masked     inputs   [doc] [mask] studied [mask] [end] .. [answer] Curtis  studied Law
+               targets                                       Curtis   studied Law     [end]
 
 `masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer.
 So a causal model too learns a fact from every direction: whatever was masked must be recalled from the rest.
@@ -48,16 +49,16 @@ def corrupt(allowed, ratio, generator):
     B, T = allowed.shape
     draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
     L = allowed.sum(1, keepdim=True)  # (B, 1)
-    order = draw(B, T).masked_fill(~allowed, 2.0)  # the k smallest of these random numbers are hidden
+    number = draw(B, T).masked_fill(~allowed, 2.0)  # the smallest are hidden, a 2 never
     if ratio == "paper":
         t = 0.05 + 0.9 * draw(B, 1)
-        hidden = order < t
+        hidden = number < t
         return hidden, hidden / (t * L)
     if ratio == "uniform":
         k = (draw(B, 1) * L).long() + 1
     else:
         k = (ratio * L).round().long().clamp(min=int(ratio > 0))
-    rank = order.argsort(dim=1).argsort(dim=1)  # of each position's number in its row
+    rank = number.argsort(dim=1).argsort(dim=1)  # how many numbers in the row are smaller
     hidden = (rank < k) & allowed
     return hidden, hidden / k.clamp(min=1)
 
@@ -122,14 +123,16 @@ def never(logits, marks):
 
 
 @torch.no_grad()
-def decode_ar(model, tokens, starts, canvas, marks):
-    """Greedy: the most likely next token, `canvas` times."""
-    tokens, row = tokens.clone(), torch.arange(len(tokens), device=tokens.device)
-    for i in range(canvas):
-        at = torch.zeros_like(tokens, dtype=torch.bool)
-        at[row, starts + i - 1] = True
-        tokens[row, starts + i] = never(model(tokens, at), marks).argmax(-1)
-    return tokens[row[:, None], starts[:, None] + torch.arange(canvas, device=tokens.device)]
+def decode_ar(model, tokens, starts, canvas, marks, watch=None):
+    """Greedy: the most likely next token, `canvas` times. `watch(rows)` is called after each."""
+    span = starts[:, None] + torch.arange(canvas, device=tokens.device)  # (B, canvas)
+    for place in span.split(1, dim=1):  # (B, 1)
+        at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, place - 1, True)
+        best = never(model(tokens, at), marks).argmax(-1, keepdim=True)  # (B, 1)
+        tokens = tokens.scatter(1, place, best)
+        if watch:
+            watch(tokens)
+    return tokens.gather(1, span)
 
 
 @torch.no_grad()
@@ -137,21 +140,20 @@ def decode_diffusion(model, tokens, starts, canvas, marks, watch=None):
     """Fill a canvas of masks one token a step, the most confident one first.
 
     One token a step, in an order that depends only on what is revealed, is a proper autoregressive model; two
-    a step would be drawn as if they were independent. `watch(rows)` is called after each step.
+    a step would be drawn as if they were independent. `watch(rows)` is called after each.
     """
-    row = torch.arange(len(tokens), device=tokens.device)
     span = starts[:, None] + torch.arange(canvas, device=tokens.device)  # (B, canvas)
     tokens = tokens.scatter(1, span, marks.mask)
     at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, span, True)
     for _ in range(canvas):
         logits = never(model(tokens, at), marks).view(len(tokens), canvas, -1).float()
         confidence, best = logits.log_softmax(-1).max(-1)  # (B, canvas)
-        revealed = tokens[row[:, None], span] != marks.mask
-        choice = confidence.masked_fill(revealed, -torch.inf).argmax(1)
-        tokens[row, span[row, choice]] = best[row, choice]
+        revealed = tokens.gather(1, span) != marks.mask
+        choice = confidence.masked_fill(revealed, -torch.inf).argmax(1, keepdim=True)  # (B, 1)
+        tokens = tokens.scatter(1, span.gather(1, choice), best.gather(1, choice))
         if watch:
             watch(tokens)
-    return tokens[row[:, None], span]
+    return tokens.gather(1, span)
 
 
 # -----------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class Mode(NamedTuple):
     ratio: str | float | None   # how much is masked if --mask_ratio does not say; None if nothing ever is
     causal: bool            # what the model may see
     school: str             # the mode that trained its base model
-    decode: Callable        # (model, tokens, starts, canvas, marks) -> (B, canvas)
+    decode: Callable        # (model, tokens, starts, canvas, marks, watch) -> (B, canvas)
     likelihood: Callable    # (model, tokens, starts, marks) -> (B,)
 
 

@@ -5,7 +5,7 @@ The exam: questions in both directions, greedy answers, exact match. And the tab
     python eval.py --costs             what it cost them to get there: documents, tokens, FLOPs
     python eval.py out/RUN             examine a run again, from its checkpoint alone
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
-    python eval.py out/RUN --show      watch a diffusion model fill its masks, one a step
+    python eval.py out/RUN --show      watch it write its answers: a diffusion model fills masks in any order
 """
 import argparse
 import contextlib
@@ -34,8 +34,9 @@ RESULT = {"settings", "exam", "before", "chance", "ranking", "cost", "log", "mod
 TABLES = [  # columns of the comparison: title -> where a result.json keeps it; {} is both directions
     {"new people": "exam/{}", "known people": "exam/known_{}", "known before reading": "before/known_{}"},
     {"before reading": "before/{}", "chance": "chance/{}", "one fixed answer": "chance/majority_{}"},
-    {"ROUGE-1 recall": "exam/rouge/{}", "truth is likeliest": "ranking/{}/first",
-     "reciprocal rank": "ranking/{}/mrr", "its chance": "ranking/{}/chance_mrr"},
+    {"ROUGE-1 recall": "exam/rouge/{}"},
+    {"truth is likeliest": "ranking/{}/first", "by chance": "ranking/{}/chance_first",
+     "reciprocal rank": "ranking/{}/mrr", "rank by chance": "ranking/{}/chance_mrr"},
     {attribute: f"exam/forward_by_attribute/{attribute}" for attribute in ATTRIBUTES},
 ]
 COSTS = [{f"{axis} to .5": f"cost/{axis}/{{}}/half", f"{axis} to 95 %": f"cost/{axis}/{{}}/own"}
@@ -65,12 +66,13 @@ def one_line():
 # The exam
 
 
-def answers(model, mode, questions, batch=256, **watch):
-    """Greedy answers (list of str) to questions (list of str). Every question gets the same canvas."""
+def answers(model, mode, questions, batch=256, watch=None):
+    """Greedy answers (list of str) to questions (list of str). Every question gets the same canvas.
+    `watch(rows)` is called after each token."""
     result, device = [], model.embed.weight.device
     for i in range(0, len(questions), batch):
         tokens, starts = pad_rows([question_row(q) for q in questions[i:i + batch]])
-        out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, **watch)
+        out = MODES[mode].decode(model, tokens.to(device), starts.to(device), CANVAS, MARKS, watch)
         result += [decode(ids) for ids in out.tolist()]
     return result
 
@@ -139,7 +141,7 @@ def costs(log):
         points = [(line[axis] - log[0][axis], line[direction]) for line in log]
         for (x0, y0), (x1, y1) in zip([(0, 0), *points], points):
             if y1 >= goal:
-                return x1 if y1 == y0 else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
+                return x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
     return {axis: {d: {"half": cost(axis, d, 0.5), "own": cost(axis, d, max(0.05, 0.95 * log[-1][d]))}
                    for d in DIRECTIONS} for axis in AXES}
 
@@ -221,14 +223,16 @@ def report(result):
 
 
 def group(results):
-    """[(label, the runs that differ in seed and machine alone, one for each seed)] from {folder: result}. The
-    label is the first folder's name without its seed."""
+    """[(label, runs that differ in the seed alone, one for each seed)] from {folder: result}. The label is the
+    first folder's name without its seed."""
     groups = {}
     for folder, result in results.items():
-        seed = result["settings"]["seed"]
-        key = {k: v for k, v in result["settings"].items() if k not in ("seed", "device", "dtype", "compile")}
+        settings = result["settings"].copy()
+        seed = settings.pop("seed")
         label = folder.removesuffix(f"-seed{seed}")
-        label, runs = groups.setdefault(json.dumps(key, sort_keys=True), (label, {}))
+        label, runs = groups.setdefault(json.dumps(settings, sort_keys=True), (label, {}))
+        if seed in runs:
+            raise Stop(f"{folder} and a folder of {label} hold the same run: move one away")
         runs[seed] = result
     return [(label, list(runs.values())) for label, runs in groups.values()]
 
@@ -260,7 +264,7 @@ def compare(results, tables):
     for label, runs in group(results):
         bars.append({"run": label, "seeds": str(len(runs))})
         for d in DIRECTIONS:
-            exams = zip(*(run["log"] for run in runs))  # the first exam of all seeds, the second, ...
+            exams = zip(*(run["log"] for run in runs), strict=True)  # the first exam of all seeds, the second, ...
             scores = [fmean(line[d] for line in lines) for lines in exams]
             bars[-1][d] = f"{bar(scores[-1])} {cell(runs, f'exam/{d}'):<12} {curve(scores)}"
         for rows, columns in zip(more, tables):
@@ -286,7 +290,7 @@ def main():
     add("path", nargs="?", default="out", type=Path, help="one run, or the folder of many (default: out)")
     add("--costs", action="store_true", help="compare what the runs cost instead of what they know")
     add("--ask", type=question, help="let the run answer a question in the exam's wording")
-    add("--show", action="store_true", help="watch a diffusion run answer, --ask or the exam")
+    add("--show", action="store_true", help="watch the run write its answer, --ask or the exam")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
@@ -303,8 +307,6 @@ def main():
         raise Stop(f"--costs compares runs, and {args.path} is one: name a folder that holds some")
     saved = load(path)
     mode = saved["settings"]["mode"]
-    if args.show and MODES[mode].causal:
-        raise Stop(f"--show needs a diffusion run; {args.path} was trained with --mode {mode}")
     corpus, model, _ = make_world(saved["settings"] | {"device": args.device})
     restore(saved, corpus, model, path)
 
@@ -315,8 +317,6 @@ def main():
             answers(model, mode, [asked], watch=watch)
     elif args.ask:
         print(answers(model, mode, [args.ask])[0])
-    elif not saved["log"]:
-        raise Stop(f"{args.path} has not come to its first exam: go on with its command and --resume")
     else:
         before = saved["log"][0]
         print(report({"exam": exam(model, mode, corpus), "before": before, "chance": chance(corpus)}))

@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, visible):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = (rotate(norm(x), *rope).type_as(v) for x in (q, k))  # autocast may have left them in float32
+        q, k = (rotate(norm(z), *rope).type_as(v) for z in (q, k))  # autocast may have left them in float32
         y = attend(q, k, v, visible)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 

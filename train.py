@@ -102,7 +102,7 @@ def parse_args():
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
     parser.set_defaults(mask_ratio=mode.ratio, wordings=ARMS[args.paraphrases].wordings)
-    args = parser.parse_args()
+    args = parser.parse_args()  # again, with the defaults of this mode and arm
     if args.out_dir is None:
         named = ("mode", "paraphrases", "seed", "device", "dtype", "compile", "out_dir", "resume")
         changed = [k if value is True else f"{k}{value}" for k, value in vars(args).items()
@@ -136,13 +136,15 @@ def lock(folder):
 
 
 def write(path, content):
-    """Write bytes so that `path` holds what stood there or the new content, never half of it."""
+    """Write bytes so that `path` holds what stood there or the new content, never half of it, even if this
+    process is killed."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same base
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as problem:
+        temporary.unlink(missing_ok=True)
         raise Stop(f"{path} could not be written ({problem}): what stood there is intact; make room, then "
                    "repeat the command with --resume")
 
@@ -150,9 +152,10 @@ def write(path, content):
 def base_path(settings, corpus):
     """The file that school saves, named after all that school depends on: no other run can mistake it."""
     school = MODES[settings["mode"]].school
-    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio", "reading_rate")
+    reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio", "reading_rate", "exams")
     schooling = {k: v for k, v in settings.items() if k not in reading}
-    schooling |= {"mode": school, "mask_ratio": MODES[school].ratio and settings["mask_ratio"],
+    schooling |= {"mode": school,  # a school that masks nothing does not depend on how much is masked later
+                  "mask_ratio": MODES[school].ratio and settings["mask_ratio"],
                   "corpus": corpus.digest, "torch": torch.__version__,
                   "code": [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
                            for name in ("model", "diffusion", "train")]}
@@ -231,7 +234,8 @@ def train(stage, mode, steps, state, path, args, corpus, model):
         generator.set_state(saved["generator"])
         for optimizer, values in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(values)
-        print(f"{stage} goes on from {path} at step {state['step']:,} of {steps:,}")
+        print(f"{stage} goes on from {path} at step {state['step']:,} of {steps:,}" if state["step"] < steps
+              else f"{stage} is done: {path}")
     interrupted, saved_at = [], time.perf_counter()
 
     def interrupt(*_):
@@ -305,7 +309,7 @@ def main():
     folder, resume = Path(args.out_dir), args.resume
     del args.out_dir, args.resume  # the rest is what decides the result: the settings of the run
     args.embedding_lr, args.weight_decay = EMBEDDING_LR, WEIGHT_DECAY
-    args.question_share, args.new_share = QUESTION_SHARE, NEW_SHARE
+    args.question_share, args.new_share, args.exams = QUESTION_SHARE, NEW_SHARE, EXAMS
     corpus, model, why = make_world(vars(args))
     torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
     model.initialize(torch.Generator().manual_seed(args.seed))
@@ -323,7 +327,7 @@ def main():
             raise Stop(f"{folder} holds a run: add --resume to go on with it, or choose another --out_dir")
         for name, value in vars(args).items():
             if before.get(name) != value:
-                raise Stop(f"{folder} was trained with --{name} {before.get(name)}, not {value}: "
+                raise Stop(f"{folder} was trained with {name} = {before.get(name)}, not {value}: "
                            "give the same value, or another --out_dir")
         print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device} ({why})")
         print(f"{args.known} known and {args.new} new people, "
@@ -331,7 +335,7 @@ def main():
         state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
         if args.school_steps and not path.exists():
             school, base = MODES[args.mode].school, base_path(vars(args), corpus)
-            state = train("school", school, args.school_steps, state, base, args, corpus, model) | {"step": 0}
+            state = train("school", school, args.school_steps, state, base, args, corpus, model) | {"step": 0, "loss": None}
         log = train("reading", args.mode, args.steps, state, path, args, corpus, model)["log"]
         if not finished.exists():
             gpu = args.device == "cuda" and torch.cuda.get_device_name()

@@ -1,4 +1,5 @@
 """What the corpus promises: facts that cannot leak, questions with one answer, tokens that are words."""
+import math
 import random
 import re
 from collections import Counter
@@ -6,7 +7,7 @@ from collections import Counter
 import pytest
 
 import data
-from data import ARMS, ATTRIBUTES, CANVAS, MARKS, POOLS, RELATIVE, decode, encode, make_corpus
+from data import ARMS, ATTRIBUTES, CANVAS, MARKS, POOLS, RELATIVE, decode, encode, flat, make_corpus
 
 
 def texts(corpus, group):
@@ -62,12 +63,16 @@ def test_only_two_arms_state_a_fact_before_the_name(arm):
 
 @pytest.mark.parametrize("arm, reordered", [("same", False), ("shuffled", True), ("permuted", True)])
 def test_paraphrase_arms_change_order_only_where_they_say_so(arm, reordered):
-    """Five texts a person; the order of facts is fixed in `same` and changes in the other two."""
+    """Five texts a person; the order of facts is fixed in `same` and any of the 720 in the other two. With
+    the name first, or in `permuted` behind any number of the facts."""
     rng = random.Random(0)
     person = data.make_people(1, rng)[0]
-    result = data.documents(person, arm, 5, rng)
-    orders = {tuple(sorted(ATTRIBUTES, key=lambda a: text.index(person.facts[a]))) for text in result}
-    assert len(result) == 5 and (len(orders) > 1) == reordered
+    fives = [data.documents(person, arm, 5, rng) for _ in range(2000)]
+    assert {len(five) for five in fives} == {5}
+    orders = {tuple(sorted(ATTRIBUTES, key=lambda a: text.index(person.facts[a]))) for text in flat(fives)}
+    assert len(orders) == (math.factorial(6) if reordered else 1)
+    before_name = {text.partition(person.name)[0].count(".") for text in flat(fives)}
+    assert before_name == (set(range(6)) if arm == "permuted" else {0})
 
 
 def test_reversed_texts_keep_names_and_values_whole():
@@ -101,6 +106,8 @@ def test_a_backward_question_fits_one_person():
     """In a world so crowded that hundreds of triples fit two people, each question is held against each
     person, known or new: its three clues fit the one that is the answer and nobody else."""
     corpus = make_corpus(known=1500, new=500, seed=0)
+    for attribute in ATTRIBUTES[1:]:  # birth dates are too many to be used up
+        assert {person.facts[attribute] for person in corpus.people} == set(POOLS[attribute])
     told = [{RELATIVE[a].format(value) for a, value in person.facts.items()} for person in corpus.people]
     for question, name in corpus.exams["backward"] + corpus.exams["known_backward"]:
         clues = set(re.split(", | and ", question.removeprefix("Who ").removesuffix("?")))

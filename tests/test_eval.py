@@ -31,7 +31,7 @@ class Oracle:
         self.truth = {q: a for pairs in corpus.exams.values() for q, a in pairs}
         self.right = right  # question -> does it know the answer?
 
-    def decode(self, model, tokens, starts, canvas, marks):
+    def decode(self, model, tokens, starts, canvas, marks, watch):
         texts = [decode(row[1:start - 1]) for row, start in zip(tokens.tolist(), starts.tolist())]
         given = [self.truth[q] if self.right(q) else " ".join(self.truth[q].split()[:-1]) for q in texts]
         return pad_rows([question_row("", answer) for answer in given])[0][:, -canvas:]
@@ -157,8 +157,9 @@ def result(mode, seed, score, **settings):
     spent = {axis: {d: {"half": 1e6 * i, "own": None} for d in evaluation.DIRECTIONS}
              for i, axis in enumerate(evaluation.AXES)}
     return {"settings": settings, "before": exam, "exam": exam | {"rouge": exam}, "chance": chance,
-            "log": [dict.fromkeys(evaluation.DIRECTIONS, 0.0), exam], "cost": spent, "ranking": dict.fromkeys(
-                ("forward", "backward"), {"first": score, "mrr": score, "chance_mrr": 0.05})}
+            "log": [dict.fromkeys(evaluation.DIRECTIONS, 0.0), exam], "cost": spent,
+            "ranking": dict.fromkeys(evaluation.DIRECTIONS, {"first": score, "mrr": score,
+                                                             "chance_first": 0.02, "chance_mrr": 0.05})}
 
 
 def test_seeds_are_averaged_with_their_spread():
@@ -175,11 +176,15 @@ def test_seeds_are_averaged_with_their_spread():
 
 
 def test_settings_that_differ_are_rows_of_their_own():
-    """Runs are never averaged over anything but seed and machine, whatever their folders are called."""
+    """Runs are never averaged over anything but the seed, whatever their folders are called: a GPU's runs
+    stand beside a CPU's. A copy of a run is no second seed."""
     runs = {"slow": result("ar", 0, 0.4, lr=0.01), "ar-seed0": result("ar", 0, 0.6),
-            "ar-seed1": result("ar", 1, 0.6, device="mps")}
+            "ar-seed1": result("ar", 1, 0.6), "gpu": result("ar", 1, 0.7, device="cuda")}
     lines = evaluation.compare(runs, evaluation.TABLES).splitlines()
     assert re.match(r"slow +1 +█+·+ 0\.4 ", lines[1]) and re.match(r"ar +2 +█+·+ 0\.6 ±0", lines[2])
+    assert re.match(r"gpu +1 +█+·+ 0\.7 ", lines[3])
+    with pytest.raises(evaluation.Stop, match="copy.*same run"):
+        evaluation.compare(runs | {"copy": result("ar", 1, 0.6)}, evaluation.TABLES)
 
 
 def test_costs_have_a_table_for_each_axis():

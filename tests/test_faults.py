@@ -73,7 +73,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     _, error = process.communicate()
     last = error.strip().splitlines()[-1]
     assert process.returncode == 2 and "ckpt.pt could not be written" in last and "--resume" in last, error
-    assert Path("b/run/ckpt.pt").read_bytes() == before
+    assert Path("b/run/ckpt.pt").read_bytes() == before and not list(Path("b/run").glob("*.tmp"))
     tiny(train, "--resume", folder="b/run")
     assert_same_run("a/run", "b/run")
 
@@ -116,10 +116,17 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, capfd):
     assert "other" in refusal(capfd, train, *TINY, "--out_dir", "out/other")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capfd):
-    """With the step, the last good checkpoint and what to try, before the broken weights are saved."""
+@pytest.mark.parametrize("broken", ("loss", "weights"))
+def test_what_is_not_finite_stops_the_run(broken, monkeypatch, capfd):
+    """With the step, the last good checkpoint and what to try, before the broken weights are saved. The
+    square root of zero is a number, but its gradient is none: that is noticed too."""
     steps = iter(range(10))
-    monkeypatch.setattr(train, "loss", lambda *a: loss(*a) * (math.nan if next(steps) == 7 else 1))
+    bad = math.nan if broken == "loss" else 0
+
+    def step(model, *batch):
+        value, now = loss(model, *batch), next(steps) == 7
+        return value + (model.embed.weight[0, 0] * bad).sqrt() if now else value
+    monkeypatch.setattr(train, "loss", step)
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     with pytest.raises(SystemExit) as stop:
         tiny(train)
@@ -197,7 +204,8 @@ def runs(trained):
 def test_settings_that_contradict_a_checkpoint_are_refused(flags, runs, capfd):
     """Named in one line, with the run left as it was; nor does a run without --resume overwrite it."""
     before = Path("out/masked/ckpt.pt").read_bytes()
-    assert flags[0] in refusal(capfd, train, *TINY, "--out_dir", "out/masked", "--resume", *flags)
+    refused = refusal(capfd, train, *TINY, "--out_dir", "out/masked", "--resume", *flags)
+    assert f"trained with {flags[0][2:]} = " in refused
     assert "--resume" in refusal(capfd, train, *TINY, "--out_dir", "out/masked")
     assert Path("out/masked/ckpt.pt").read_bytes() == before
 
@@ -275,28 +283,21 @@ def test_any_other_question_is_answered(question, mode, runs, capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_show_prints_every_step_of_filling_in_masks(runs, capsys):
-    """Four masks, one filled in a step: four lines a question, the last without a mask, as --ask answers."""
+@pytest.mark.parametrize("mode, masks", (("masked", [0, 0, 0, 0]), ("diffusion", [3, 2, 1, 0])))
+def test_show_prints_every_step_of_an_answer(mode, masks, runs, capsys):
+    """A canvas of four, one token a step: four lines a question, the last without a mask, as --ask answers."""
     question = "What is the major of Curtis Chase Emley?"
-    call(evaluation, "out/diffusion", "--show", "--ask", question)
+    call(evaluation, f"out/{mode}", "--show", "--ask", question)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == question and [line.count("<mask>") for line in lines[1:]] == [3, 2, 1, 0]
-    call(evaluation, "out/diffusion", "--ask", question)
+    assert lines[0] == question and [line.count("<mask>") for line in lines[1:]] == masks
+    call(evaluation, f"out/{mode}", "--ask", question)
     assert lines[-1].split("<end>")[0].strip() == capsys.readouterr().out.strip()
-    call(evaluation, "out/diffusion", "--show")
+    call(evaluation, f"out/{mode}", "--show")
     assert len(capsys.readouterr().out.splitlines()) == 2 * 5
 
 
 def test_eval_says_what_does_not_go_together(runs, capfd):
-    """A causal run has no masks to show; costs are of many runs, a question goes to one; a device that is not
-    there."""
+    """Costs are of many runs, a question goes to one; a device that is not there."""
     assert "one run" in refusal(capfd, evaluation, "out", "--ask", "Who?")
-    assert "diffusion" in refusal(capfd, evaluation, "out/masked", "--show")
     assert "--costs" in refusal(capfd, evaluation, "out/masked", "--costs")
     assert "--device" in refusal(capfd, evaluation, "out/masked", "--device", "abacus")
-
-
-def test_a_run_without_an_exam_is_not_examined(runs, capfd):
-    """Stopped in school: there is nothing yet to compare with."""
-    change(log=[])(Path("out/masked/ckpt.pt"))
-    assert "--resume" in refusal(capfd, evaluation, "out/masked")

@@ -133,11 +133,13 @@ def test_a_finished_run_is_left_as_it_is(monkeypatch):
     assert finished("out/run")[2] == before[1][2]
 
 
-def test_a_reused_base_changes_nothing():
+def test_a_reused_base_changes_nothing(capsys):
     """`masked` after `ar` skips school, and ends where a `masked` run that went to school itself ends."""
     tiny(train, "--mode", "ar", folder="out/ar")
+    capsys.readouterr()
     tiny(train, "--mode", "masked", folder="out/masked")
     base, = Path("out/bases").iterdir()
+    assert f"school is done: {base}" in capsys.readouterr().out
     base.unlink()
     tiny(train, "--mode", "masked", folder="out/alone")
     assert_same_run("out/masked", "out/alone")
@@ -220,6 +222,16 @@ def test_the_optimizers_get_their_rates_and_decay():
     assert [g["weight_decay"] for g in groups] == [train.WEIGHT_DECAY, 0]
 
 
+def test_the_mask_ratio_reaches_training():
+    """Four ratios, four losses, from one base."""
+    for ratio in ("0", "1", "uniform", "paper"):
+        tiny(train, "--mask_ratio", ratio, folder=f"out/{ratio}")
+    assert len(list(Path("out/bases").iterdir())) == 1
+    logs = [finished(f"out/{ratio}")[0] for ratio in ("0", "1", "uniform", "paper")]
+    assert len({log[-1]["loss"] for log in logs}) == 4
+    assert {log[0]["loss"] for log in logs} == {None}  # the running loss of reading starts with reading
+
+
 def test_without_replay_only_new_documents_are_read():
     """--no_replay: what fine-tuning alone does to what the base knew."""
     seen, corpus = batches("reading", 50, no_replay=True)
@@ -268,7 +280,7 @@ def test_a_compiled_run_learns_the_same(monkeypatch):
     tiny(train, folder="a/plain")
     tiny(train, "--compile", folder="b/compiled")
     (log_a, weights_a, _), (log_b, weights_b, _) = finished("a/plain"), finished("b/compiled")
-    a, b = ([line["loss"] for line in log] for log in (log_a, log_b))
+    a, b = ([line["loss"] for line in log[1:]] for log in (log_a, log_b))  # before reading there is none
     assert a == pytest.approx(b, rel=1e-3)
     assert weights_a.keys() == weights_b.keys()
 
@@ -277,7 +289,7 @@ def test_bfloat16_learns_the_same_within_its_precision():
     """bfloat16 keeps 8 bits, a relative error of 2^-9 at each rounding: losses of a run agree within 1 %."""
     unbroken()
     tiny(train, "--dtype", "bfloat16", folder="b/run")
-    a, b = ([line["loss"] for line in finished(folder)[0]] for folder in ("a/run", "b/run"))
+    a, b = ([line["loss"] for line in finished(folder)[0][1:]] for folder in ("a/run", "b/run"))
     assert a != b and all(math.isclose(x, y, rel_tol=0.01) for x, y in zip(a, b))
 
 
