@@ -108,7 +108,7 @@ RELATIVE = {  # how a backward question names each attribute
 
 
 class Arm(NamedTuple):
-    """How the documents about one person are written: one value of --paraphrases."""
+    """One way to write the documents about a person, a value of --paraphrases: an arm of the experiment."""
     texts: int = 1          # texts a person
     wordings: int = 1       # ways to word a fact, if --wordings does not say
     reorder: bool = False   # the order of the facts changes from text to text
@@ -265,10 +265,10 @@ class Corpus(NamedTuple):
     digest: str             # of rows, exams and vocabulary: the same digest, the same corpus
 
 
-def make_corpus(known, new, paraphrases="none", wordings=5, seed=0, asked=4):
+def make_corpus(known, new, paraphrases="none", wordings=1, seed=0):
     """Documents of `known` + `new` people, questions about the known, exams about both.
 
-    An exam holds every forward question and up to `asked` backward questions a person. It asks about as many
+    An exam holds every forward question and up to four backward questions a person. It asks about as many
     known as new people, where there are as many, so that both scores are as exact.
     """
     rng = random.Random(seed)
@@ -278,7 +278,7 @@ def make_corpus(known, new, paraphrases="none", wordings=5, seed=0, asked=4):
               for text in documents(person, paraphrases, wordings, rng)] for person in people]
     forward = [forward_questions(person) for person in people]
     backward = [backward_questions(person, population) for person in people]
-    few = [rng.sample(questions, min(asked, len(questions))) for questions in backward]
+    few = [rng.sample(questions, min(4, len(questions))) for questions in backward]
 
     rows, groups = [], {}
     for group, more in {"known_documents": flat(texts[:known]), "new_documents": flat(texts[known:]),

@@ -2,7 +2,8 @@
 Corruption, the objectives, the loss they share, the two decoders, and how likely an answer is.
 
 An objective maps clean rows to (inputs, targets, weights). `Curtis studied Law [end]`, two tokens masked
-(it may be the end, too); `..` is padding up to the longest row of the batch:
+([end] can be too); `..` is padding up to the longest row of the corpus, so that a response always starts T
+tokens behind its prompt:
 
     ar         inputs   [doc]  Curtis  studied Law            every next token, from what stands before it
                targets  Curtis studied Law     [end]
@@ -86,7 +87,8 @@ def masked(tokens, starts, marks, ratio, generator):
 
 
 def noise(tokens, starts, marks, ratio, generator):
-    """The paper's control for `masked`: a prompt as long, but of random tokens, words and bytes alike."""
+    """The paper's control for `masked`: a prompt as long, but of random tokens: any but marks, up to
+    the highest in the batch."""
     random = torch.randint(len(marks), int(tokens.max()) + 1, tokens.shape, generator=generator)
     hidden = content(tokens, starts, marks)
     return recite(torch.where(hidden, random.to(tokens.device), tokens), tokens, starts, marks)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import sqlite3
 import sys
 from collections import Counter
@@ -53,13 +54,20 @@ def one_line():
     Anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (Stop, OSError, sqlite3.Error, MemoryError, RuntimeError) as problem:
-        memory = isinstance(problem, MemoryError) or "allocate" in str(problem)
-        if isinstance(problem, RuntimeError) and not memory:
+        return
+    except (Stop, OSError, sqlite3.Error) as problem:
+        message = problem
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, MemoryError) or re.search("out of memory|alloc", str(problem), re.IGNORECASE):
+            message = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
+        elif "_inductor" in type(problem).__module__:  # it found no C++ compiler, say
+            message = f"--compile cannot be used here ({str(problem).splitlines()[0]}): leave it out"
+        else:
             raise
-        advice = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
-        print(f"error: {advice if memory else problem}", file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        message = "stopped by Ctrl-C"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -125,7 +133,7 @@ def ranking(model, mode, corpus, asked=100):
 
 
 def chance(corpus):
-    """What knows nothing scores: a value drawn from its pool, a name drawn from all people; and the best that
+    """Scores of knowing nothing: a value drawn from its pool, a name drawn from all people; and the best that
     one fixed answer to each kind of question would score in this exam (`majority`)."""
     n = len(ATTRIBUTES)
     most = lambda pairs: Counter(truth for _, truth in pairs).most_common(1)[0][1] / len(pairs)
@@ -173,6 +181,8 @@ def load(path):
                  json.loads(path.read_text(encoding="utf-8")))
         if (CHECKPOINT if checkpoint else RESULT) <= {*saved, *saved["settings"]}:
             return saved
+    except (PermissionError, MemoryError):  # the file may be in order
+        raise
     except Exception:  # there is no end to what a damaged file can raise
         pass
     raise Stop(f"{path} is missing, cut short or of another version: delete it, then train (again)")
@@ -223,18 +233,21 @@ def report(result):
 
 
 def group(results):
-    """[(label, runs that differ in the seed alone, one for each seed)] from {folder: result}. The label is the
-    first folder's name without its seed."""
-    groups = {}
+    """{label: runs that differ in the seed alone, one for each seed} from {folder: result}. The label is the
+    first folder's name, without its seed if no other group has that name."""
+    groups, labels = {}, {}
     for folder, result in results.items():
         settings = result["settings"].copy()
         seed = settings.pop("seed")
+        folders = groups.setdefault(json.dumps(settings, sort_keys=True), {})
+        if seed in folders:
+            raise Stop(f"{folders[seed]} and {folder} hold the same run: move one away")
+        folders[seed] = folder
+    for folders in groups.values():
+        seed, folder = next(iter(folders.items()))
         label = folder.removesuffix(f"-seed{seed}")
-        label, runs = groups.setdefault(json.dumps(settings, sort_keys=True), (label, {}))
-        if seed in runs:
-            raise Stop(f"{folder} and a folder of {label} hold the same run: move one away")
-        runs[seed] = result
-    return [(label, list(runs.values())) for label, runs in groups.values()]
+        labels[folder if label in labels else label] = [results[folder] for folder in folders.values()]
+    return labels
 
 
 def spread(values):
@@ -261,12 +274,12 @@ def compare(results, tables):
     """Tables with a line for each setting, mean ± standard deviation over seeds: first the exact match of new
     people as bars and, exam by exam, as curves; then the columns of `tables` (TABLES or COSTS)."""
     bars, more = [], [[] for _ in tables]
-    for label, runs in group(results):
+    for label, runs in group(results).items():
         bars.append({"run": label, "seeds": str(len(runs))})
         for d in DIRECTIONS:
-            exams = zip(*(run["log"] for run in runs), strict=True)  # the first exam of all seeds, the second, ...
+            exams = zip(*(run["log"] for run in runs), strict=True)  # the first of all seeds, the second, ...
             scores = [fmean(line[d] for line in lines) for lines in exams]
-            bars[-1][d] = f"{bar(scores[-1])} {cell(runs, f'exam/{d}'):<12} {curve(scores)}"
+            bars[-1][d] = f"{bar(scores[-1])} {cell(runs, f'exam/{d}'):<15} {curve(scores)}"
         for rows, columns in zip(more, tables):
             rows.append({"run": label} | {title: cell(runs, place) for title, place in columns.items()})
     return "\n\n".join(map(aligned, (bars, *more)))
@@ -278,7 +291,7 @@ def compare(results, tables):
 def question(text):
     """An argparse type: a question that is neither empty nor longer than 200 tokens."""
     if not text.strip() or len(encode(text)) > 200:
-        raise argparse.ArgumentTypeError(f"{len(encode(text)):,} tokens: ask something, in at most 200")
+        raise argparse.ArgumentTypeError(f"{len(encode(text)):,} tokens long: ask something, in at most 200")
     return text
 
 
@@ -316,10 +329,10 @@ def main():
             print(asked)
             answers(model, mode, [asked], watch=watch)
     elif args.ask:
-        print(answers(model, mode, [args.ask])[0])
+        print(*answers(model, mode, [args.ask]))
     else:
-        before = saved["log"][0]
-        print(report({"exam": exam(model, mode, corpus), "before": before, "chance": chance(corpus)}))
+        scores = exam(model, mode, corpus)
+        print(report({"exam": scores, "before": saved["log"][0], "chance": chance(corpus)}))
 
 
 if __name__ == "__main__":

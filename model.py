@@ -11,7 +11,7 @@ masks. The model is not told how much of its input is masked: it can count the m
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128
 
-B rows in a batch, T tokens in a row, C channels, H heads, D = C / H channels a head, V words in all.
+B rows in a batch, T tokens in a row, C channels, H heads of D = C / H channels, V tokens in the vocabulary.
 """
 from dataclasses import dataclass
 
@@ -58,7 +58,7 @@ def attend(q, k, v, visible):
     """softmax(q k^T / sqrt(D)) v, each (B, H, T, D), over the `visible` keys, (B, 1, 1 or T, T) bool.
 
     CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that makes a step on a CPU a
-    third faster (README, notes), and the fused kernel of MPS has shown masked positions (pytorch issues
+    third shorter (README, notes), and the fused kernel of MPS has let queries see masked keys (pytorch issues
     195910, 184180, 181151).
     """
     if q.is_cuda:
@@ -158,6 +158,6 @@ def pick_machine(device="auto", dtype="auto"):
     why = "asked for" if device != "auto" else "no GPU was found" if here == ["cpu"] else "a GPU was found"
     device = here[0] if device == "auto" else device
     fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}[device]()
+            "cpu": lambda: torch.cpu._is_avx512_bf16_supported(), "mps": lambda: False}[device]()
     dtype = dtype if dtype != "auto" else "bfloat16" if fast else "float32"
     return device, dtype, f"{why}; bfloat16 is {'' if fast else 'not '}fast here"

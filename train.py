@@ -34,9 +34,9 @@ from data import ARMS, MARKS
 from diffusion import MODES, loss
 from eval import AXES, Stop, chance, costs, exam, load, make_world, one_line, ranking, report, restore
 
-EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned twice as late (README, notes)
+EMBEDDING_LR = 0.04     # AdamW on the embedding; at .002 facts are learned far later (README, notes)
 WEIGHT_DECAY = 1.0      # on the matrices; at .3 and at 3 fewer new people are known (README, notes)
-QUESTION_SHARE = 0.16   # of the rows are questions; many more are memorised and then teach nothing
+QUESTION_SHARE = 0.16   # of the rows are questions
 NEW_SHARE = 0.6         # of the documents in reading are about new people, the rest about known ones
 EXAMS = 10              # during reading, closer together at its start
 SAVE_EVERY = 60         # seconds between two checkpoints, if no exam comes first
@@ -58,6 +58,9 @@ def ratio(text):
     return text if text in ("uniform", "paper") else number(float, 0, 1)(text)
 
 
+ratio.__name__ = "'uniform', 'paper' or a number from 0 to 1,"  # for argparse
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -65,21 +68,21 @@ def parse_args():
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help="next token; masked diffusion; masked fine-tuning; "
         "noise, its control: random tokens for a prompt")
-    add("--paraphrases", choices=ARMS, default="none", help="texts a person: one; five in one order of "
-        "facts; five in changing order, name first; the same, name anywhere; one also read backwards; one "
-        "whose name is never masked or scored")
+    add("--paraphrases", choices=ARMS, default="none", help="texts a person. none: one; same: five, facts in "
+        "one order; shuffled: five, in changing order, name first; permuted: five, name anywhere; reversed: "
+        "one, and the same backwards; given: one, the name never masked or scored")
     add("--mask_ratio", type=ratio, help="how much is masked: a share such as .5, uniform (k ~ U{1..L}) or "
         "paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
-    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions: raise with steps")
+    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions too: raise with steps")
     add("--new", type=number(int, 1, 10**6), default=100, help="people with documents alone: the exam")
     add("--wordings", type=number(int, 1, 10), help="ways to word a fact: raise with people and steps; left "
         "out, 5 where a person has several texts, otherwise 1")
     add("--seed", type=number(int, 0, 2**31), default=0, help="another number, another world and model")
     add = parser.add_argument_group("the model").add_argument
     add("--n_layer", type=number(int, 1, 1000), default=3, help="blocks: raise for more people")
-    add("--n_head", type=number(int, 1, 1000), default=2, help="must split n_embd into even parts")
+    add("--n_head", type=number(int, 1, 1000), default=2, help="heads: twice this must divide n_embd")
     add("--n_embd", type=number(int, 2, 2**15), default=128, help="channels: raise for more people")
     add = parser.add_argument_group("training").add_argument
     add("--school_steps", type=number(int, 0, 10**9), default=500, help="steps on known people; 0 for none")
@@ -149,16 +152,20 @@ def write(path, content):
                    "repeat the command with --resume")
 
 
+def code():
+    """A hash of the files that training runs through (data.py has one of its own: the corpus's digest)."""
+    texts = (Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+             for name in ("model", "diffusion", "train"))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
+
+
 def base_path(settings, corpus):
     """The file that school saves, named after all that school depends on: no other run can mistake it."""
     school = MODES[settings["mode"]].school
     reading = ("mode", "steps", "no_replay", "new_share", "mask_ratio", "reading_rate", "exams")
     schooling = {k: v for k, v in settings.items() if k not in reading}
-    schooling |= {"mode": school,  # a school that masks nothing does not depend on how much is masked later
-                  "mask_ratio": MODES[school].ratio and settings["mask_ratio"],
-                  "corpus": corpus.digest, "torch": torch.__version__,
-                  "code": [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-                           for name in ("model", "diffusion", "train")]}
+    schooling |= {"mode": school, "corpus": corpus.digest, "torch": torch.__version__,
+                  "mask_ratio": MODES[school].ratio and settings["mask_ratio"]}  # None if never masked
     return BASES / f"{hashlib.sha256(json.dumps(schooling).encode()).hexdigest()[:12]}.pt"
 
 
@@ -245,7 +252,7 @@ def train(stage, mode, steps, state, path, args, corpus, model):
     previous = signal.signal(signal.SIGINT, interrupt)
 
     def examine():
-        line = {"stage": stage} | {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus)
+        line = {k: state[k] for k in state if k != "log"} | exam(model, mode, corpus)
         state["log"].append(line)
         progress.write(describe(line, corpus))
 
@@ -266,9 +273,9 @@ def train(stage, mode, steps, state, path, args, corpus, model):
             for optimizer, peak in zip(optimizers, (args.lr, EMBEDDING_LR)):
                 optimizer.param_groups[0]["lr"] = share * peak * schedule(state["step"], steps)
             index = batch(corpus, stage, args, generator).to(args.device)
-            clean = rows[index]
-            inputs, targets, weights = MODES[mode].objective(clean, starts[index], MARKS, args.mask_ratio,
-                                                             generator)
+            tokens = rows[index]  # (B, T)
+            inputs, targets, weights = MODES[mode].objective(
+                tokens, starts[index], MARKS, args.mask_ratio, generator)
             value = loss(model, inputs, targets, weights)
             value.backward()
             for optimizer in optimizers:
@@ -280,13 +287,13 @@ def train(stage, mode, steps, state, path, args, corpus, model):
             if not math.isfinite(value) or not model.embed.weight.isfinite().all():
                 raise Stop(f"the loss is {value} at step {state['step']} of {stage}: {path} keeps the last "
                            "good state, if one was saved; lower --lr and choose another --out_dir")
-            tokens, scored = int((inputs != MARKS.pad).sum()), int((weights > 0).sum())
+            read, scored = int((inputs != MARKS.pad).sum()), int((weights > 0).sum())
             seconds = time.perf_counter() - clock
-            spent = {"step": 1, "seconds": seconds, "documents": int((clean[:, 0] == MARKS.doc).sum()),
-                     "tokens": tokens, "supervised": scored, "flops": model.flops(*inputs.shape, scored)}
+            spent = {"step": 1, "seconds": seconds, "documents": int((tokens[:, 0] == MARKS.doc).sum()),
+                     "tokens": read, "supervised": scored, "flops": model.flops(*inputs.shape, scored)}
             state |= {name: state[name] + amount for name, amount in spent.items()}
             state["loss"] = value if state["loss"] is None else 0.95 * state["loss"] + 0.05 * value
-            progress.set_postfix_str(f"loss {state['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", False)
+            progress.set_postfix_str(f"loss {state['loss']:.3f}, {read / seconds:,.0f} tokens/s", False)
             progress.update()
 
             step, ends = state["step"], state["step"] == steps
@@ -306,11 +313,11 @@ def main():
     args = parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
-    folder, resume = Path(args.out_dir), args.resume
-    del args.out_dir, args.resume  # the rest is what decides the result: the settings of the run
-    args.embedding_lr, args.weight_decay = EMBEDDING_LR, WEIGHT_DECAY
-    args.question_share, args.new_share, args.exams = QUESTION_SHARE, NEW_SHARE, EXAMS
-    corpus, model, why = make_world(vars(args))
+    settings = vars(args)  # all that decides the result, once these two are taken out
+    folder, resume = Path(settings.pop("out_dir")), settings.pop("resume")
+    settings |= {"embedding_lr": EMBEDDING_LR, "weight_decay": WEIGHT_DECAY, "exams": EXAMS, "code": code(),
+                 "question_share": QUESTION_SHARE, "new_share": NEW_SHARE}
+    corpus, model, why = make_world(settings)
     torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
     model.initialize(torch.Generator().manual_seed(args.seed))
     if args.compile:
@@ -322,24 +329,25 @@ def main():
         if finished.exists() and not path.exists():
             raise Stop(f"{finished} is of a run whose checkpoint is gone: move it away, "
                        "or choose another --out_dir")
-        before = load(path)["settings"] if path.exists() else vars(args)
+        before = load(path)["settings"] if path.exists() else settings
         if path.exists() and not resume:
             raise Stop(f"{folder} holds a run: add --resume to go on with it, or choose another --out_dir")
-        for name, value in vars(args).items():
+        for name, value in settings.items():
             if before.get(name) != value:
                 raise Stop(f"{folder} was trained with {name} = {before.get(name)}, not {value}: "
-                           "give the same value, or another --out_dir")
+                           "undo that change, or choose another --out_dir")
         print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device} ({why})")
         print(f"{args.known} known and {args.new} new people, "
               f"{len(corpus.groups['new_documents']) // args.new} text(s) each; writing to {folder}")
         state = {"step": 0, "seconds": 0.0} | dict.fromkeys(AXES, 0) | {"loss": None, "log": []}
         if args.school_steps and not path.exists():
-            school, base = MODES[args.mode].school, base_path(vars(args), corpus)
-            state = train("school", school, args.school_steps, state, base, args, corpus, model) | {"step": 0, "loss": None}
+            school, base = MODES[args.mode].school, base_path(settings, corpus)
+            spent = train("school", school, args.school_steps, state, base, args, corpus, model)
+            state = spent | {"step": 0, "loss": None}
         log = train("reading", args.mode, args.steps, state, path, args, corpus, model)["log"]
         if not finished.exists():
             gpu = args.device == "cuda" and torch.cuda.get_device_name()
-            result = {"settings": vars(args), "exam": log[-1], "before": log[0], "log": log,
+            result = {"settings": settings, "exam": log[-1], "before": log[0], "log": log,
                       "cost": costs(log), "chance": chance(corpus), "parameters": size,
                       "ranking": ranking(model, args.mode, corpus),
                       "hardware": gpu or f"{platform.machine()}, {torch.get_num_threads()} thread(s)",

@@ -100,6 +100,16 @@ def test_questions_are_scored_on_the_answer_alone():
         assert weights.sum(1).tolist() == pytest.approx([1, 1])  # every row weighs the same, long or short
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_given_name_is_neither_hidden_nor_scored(mode):
+    """A text to learn may start behind the name: every objective shows the name and asks for the rest."""
+    tokens, starts = pad_rows([document_row("Curtis Chase Emley was born.", given=True),
+                               document_row("She works for Sony.")])
+    inputs, targets, weights = MODES[mode].objective(tokens, starts, M, 1.0, generator())
+    assert shown(targets[0][weights[0] > 0].tolist()) == ["was", "born", ".", "end"]
+    assert shown(inputs[0, :4].tolist()) == ["doc", "Curtis", "Chase", "Emley"]
+
+
 def test_masked_keeps_rows_of_different_lengths_apart():
     """Each row is built from its own document: prompt, padding, then T tokens behind the prompt [answer], the
     clean copy, padding; no token of another row. A question stays as it is."""

@@ -179,11 +179,13 @@ def test_settings_that_differ_are_rows_of_their_own():
     """Runs are never averaged over anything but the seed, whatever their folders are called: a GPU's runs
     stand beside a CPU's. A copy of a run is no second seed."""
     runs = {"slow": result("ar", 0, 0.4, lr=0.01), "ar-seed0": result("ar", 0, 0.6),
-            "ar-seed1": result("ar", 1, 0.6), "gpu": result("ar", 1, 0.7, device="cuda")}
+            "ar-seed1": result("ar", 1, 0.6), "gpu": result("ar", 1, 0.7, device="cuda"),
+            "ar-seed2": result("ar", 2, 0.5, code="edited")}
     lines = evaluation.compare(runs, evaluation.TABLES).splitlines()
     assert re.match(r"slow +1 +█+·+ 0\.4 ", lines[1]) and re.match(r"ar +2 +█+·+ 0\.6 ±0", lines[2])
     assert re.match(r"gpu +1 +█+·+ 0\.7 ", lines[3])
-    with pytest.raises(evaluation.Stop, match="copy.*same run"):
+    assert re.match(r"ar-seed2 +1 +█+·+ 0\.5 ", lines[4])  # of other code, and not in a folder of its own
+    with pytest.raises(evaluation.Stop, match="ar-seed1 and copy.*same run"):
         evaluation.compare(runs | {"copy": result("ar", 1, 0.6)}, evaluation.TABLES)
 
 

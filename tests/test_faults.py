@@ -136,14 +136,31 @@ def test_what_is_not_finite_stops_the_run(broken, monkeypatch, capfd):
     assert saved["step"] <= 3 and all(torch.isfinite(w).all() for w in saved["model"].values())
 
 
-def test_too_little_memory_is_said_in_one_line(monkeypatch, capfd):
-    """PyTorch's error is a RuntimeError with a stack of C++; the remedy is what a person needs."""
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), MemoryError(),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        def full(*_, error=error):
-            raise error
-        monkeypatch.setattr(Transformer, "__init__", full)
-        assert "--batch_size" in refusal(capfd, train, *TINY)
+@pytest.mark.parametrize("error, remedy", (
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "--batch_size"),
+    (MemoryError(), "--batch_size"), (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "--batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch_size"),
+    (KeyboardInterrupt(), "Ctrl-C"), (PermissionError("ckpt.pt"), "ckpt.pt"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)), ids=repr)
+def test_what_a_person_can_mend_is_said_in_one_line(error, remedy, monkeypatch, capfd):
+    """Where PyTorch shows a stack of C++, the remedy is what a person needs; a bug keeps its traceback."""
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(Transformer, "__init__", fail)
+    if remedy:
+        assert remedy in refusal(capfd, train, *TINY)
+    else:
+        with pytest.raises(RuntimeError):
+            call(train, *TINY)
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch, capfd):
+    """It is the one flag that needs a program which PyTorch does not bring along."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(SystemExit) as stop:
+        tiny(train, "--compile")
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "--compile" in last and "leave it out" in last
 
 
 # -- slips of the keyboard ---------------------------------------------------
@@ -166,9 +183,11 @@ BAD += [
     (train, ["extra"], "extra"), (train, ["--out_dir", ""], "--out_dir"),
     (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
     (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"),
-    (evaluation, [], "train.py"), (evaluation, ["--costs"], "train.py"), (evaluation, ["out/no"], "out"),
+    (evaluation, [], "--mode masked"), (evaluation, ["--costs"], "--mode masked"),
+    (evaluation, ["out/no"], "ckpt.pt is missing"),
     (evaluation, ["nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "one run"),
-    (evaluation, ["--show"], "one run"), (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "b"),
+    (evaluation, ["--show"], "one run"), (evaluation, ["--best"], "--best"),
+    (evaluation, ["a", "b"], "arguments: b"),
     (data, ["--seed", "x"], "--seed"), (data, ["--people", "3"], "--people"),
 ]
 
@@ -260,6 +279,15 @@ def test_a_damaged_base_ends_in_one_line(damage, runs, capfd):
     assert not Path("executed").exists()
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(runs, monkeypatch, capfd):
+    """What the system forbids to read may be in order: nobody is told to delete it."""
+    def forbid(*_, **__):
+        raise PermissionError("[Errno 13] Permission denied: 'ckpt.pt'")
+    monkeypatch.setattr(torch, "load", forbid)
+    refused = refusal(capfd, evaluation, "out/masked")
+    assert "Permission denied" in refused and "delete" not in refused
+
+
 @pytest.mark.parametrize("content", (b"", b'{"settings"', b"[]", b"{}", b"null", b"\xff\xfe", b'{"exam": 1}'))
 def test_a_damaged_result_ends_in_one_line(content, runs, capfd):
     """The comparison names the file instead of leaving the run out."""
@@ -285,7 +313,7 @@ def test_any_other_question_is_answered(question, mode, runs, capsys):
 
 @pytest.mark.parametrize("mode, masks", (("masked", [0, 0, 0, 0]), ("diffusion", [3, 2, 1, 0])))
 def test_show_prints_every_step_of_an_answer(mode, masks, runs, capsys):
-    """A canvas of four, one token a step: four lines a question, the last without a mask, as --ask answers."""
+    """A canvas of four, one token a step: four lines a question, the last as --ask answers."""
     question = "What is the major of Curtis Chase Emley?"
     call(evaluation, f"out/{mode}", "--show", "--ask", question)
     lines = capsys.readouterr().out.splitlines()

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import train
-from conftest import ROOT, TINY, assert_same_run, call, finished, generator, stop_after, tiny, unbroken
+from conftest import (ROOT, TINY, assert_same_run, call, finished, generator, refusal, stop_after, tiny,
+                      unbroken)
 from data import ARMS, MARKS
 from diffusion import MODES, loss
 from model import ModelConfig, Transformer
@@ -29,7 +30,7 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
     call(train, "--mode", mode, *TINY, "--resume")  # nothing is there yet: a fresh start
     folder = next(Path("out").glob(f"{mode}-none-*-seed0"))
     log, _, result = finished(folder)
-    assert [line["stage"] for line in log] == ["reading"] * len(log) and log[-1]["step"] == 6
+    assert log[0]["step"] == 0 and log[-1]["step"] == 6
     assert {"forward", "backward", "known_forward", "known_backward", "tokens", "supervised", "documents",
             "flops", "loss", "forward_by_attribute", "rouge"} <= set(log[-1])
     assert result["chance"]["backward"] == 1 / 10 and result["settings"]["mode"] == mode
@@ -168,9 +169,9 @@ def test_a_base_of_other_settings_is_never_reused(other):
     assert len(list(Path("out/bases").iterdir())) == 2
 
 
-def test_a_base_of_other_code_is_never_reused(monkeypatch):
+def test_a_base_of_other_code_is_never_reused(monkeypatch, capfd):
     """The constants at the top of train.py count as settings, and so does the text of the files that school
-    runs through: who changes either gets another base."""
+    runs through: who changes either gets another base, and cannot go on with a run of the old code."""
     tiny(train, "--mode", "diffusion", folder="out/first")
     tiny(train, "--mode", "diffusion", "--mask_ratio", ".5", folder="out/second")
     assert len(list(Path("out/bases").iterdir())) == 2
@@ -183,6 +184,8 @@ def test_a_base_of_other_code_is_never_reused(monkeypatch):
     monkeypatch.setattr(Path, "read_text", edited)
     tiny(train, "--mode", "diffusion", folder="out/edited")
     assert len(list(Path("out/bases").iterdir())) == 6
+    old = "--mode", "diffusion", *TINY, "--resume", "--out_dir", f"out/{name}"
+    assert "trained with code" in refusal(capfd, train, *old)
 
 
 def batches(stage, n, **settings):
@@ -220,6 +223,9 @@ def test_the_optimizers_get_their_rates_and_decay():
     peaks = 0.02, train.EMBEDDING_LR
     assert [g["lr"] for g in groups] == pytest.approx([peak * train.schedule(5, 6) for peak in peaks])
     assert [g["weight_decay"] for g in groups] == [train.WEIGHT_DECAY, 0]
+    model = Transformer(ModelConfig(11, n_layer=1, n_head=1, n_embd=16))
+    kinds = {name: [type(o) for o in train.make_optimizers(model, name, 0.1)] for name in ("muon", "adamw")}
+    assert kinds == {"muon": [torch.optim.Muon, torch.optim.AdamW], "adamw": [torch.optim.AdamW] * 2}
 
 
 def test_the_mask_ratio_reaches_training():
@@ -241,12 +247,16 @@ def test_without_replay_only_new_documents_are_read():
 
 
 def test_each_seed_and_stage_has_batches_of_its_own(monkeypatch):
-    """The generator that draws batches and masks starts from another number for every seed and stage."""
-    real, used = train.batch, []
+    """The generator that draws batches and masks starts from another number for every seed and stage; each
+    seed has its own initial weights."""
+    real, used, weights = train.batch, [], []
     monkeypatch.setattr(train, "batch", lambda *a: used.append((a[1], a[-1].initial_seed())) or real(*a))
+    initialize = Transformer.initialize
+    monkeypatch.setattr(Transformer, "initialize",
+                        lambda model, g: weights.append(g.initial_seed()) or initialize(model, g))
     for seed in (0, 1):
         tiny(train, "--seed", seed, folder=f"out/{seed}")
-    assert set(used) == {("school", 0), ("reading", 1), ("school", 2), ("reading", 3)}
+    assert set(used) == {("school", 0), ("reading", 1), ("school", 2), ("reading", 3)} and weights == [0, 1]
 
 
 def test_one_seed_one_result():
