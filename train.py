@@ -75,7 +75,7 @@ def parse_args():
         "paper (t ~ U(.05, .95)); left out, .75 for masked and uniform for diffusion")
     add("--no_replay", action="store_true", help="read new people's documents alone: see what is forgotten")
     add = parser.add_argument_group("the world").add_argument
-    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions too: raise with steps")
+    add("--known", type=number(int, 1, 10**6), default=200, help="people with questions: raise with steps")
     add("--new", type=number(int, 1, 10**6), default=100, help="people with documents alone: the exam")
     add("--wordings", type=number(int, 1, 10), help="ways to word a fact: raise with people and steps; left "
         "out, 5 where a person has several texts, otherwise 1")
