@@ -1,22 +1,21 @@
 """
 Fictional people: their biographies, the questions about them, and the tokens of both.
 
-A person is a name and six attributes. A document states the name once, elsewhere only "He" or "She":
+A person is a name and some attributes. A document states the name once, elsewhere only "He" or "She":
 
     Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to Princeton. He majored ...
 
-The two directions of the exam, about the same six facts:
+The two directions of the exam, about the same facts:
 
     forward    What is the birth city of Curtis Chase Emley?                          Elkton
     backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
 
-*Known* people have documents and questions in training. *New* people have documents alone: their questions
-are the exam. Everything follows from one seed.
+*Known* people are those of pretraining: five texts about each, in changing words and order, and questions
+with answers. *New* people come with fine-tuning and have documents alone, written as `--paraphrases` says:
+their questions are the exam. Everything follows from one seed.
 
-    python data.py            print a person, the documents of each arm, the questions, the tokens of one
+    python data.py            print a person, the documents of each arm, questions, the tokens of one
 """
-import argparse
-import hashlib
 import random
 import re
 from collections import Counter
@@ -80,26 +79,18 @@ POOLS = {  # attribute -> everything it can be; a birth date is 28 days x 12 mon
 }
 ATTRIBUTES = list(POOLS)
 
-# Ten wordings for each attribute. Every one begins with its subject, so that a name or a pronoun fits.
+# How a document words each attribute. Every wording begins with its subject, so a name or a pronoun fits.
 WORDINGS = {
     "birth date": ["was born on {}", "has a birthday on {}", "was delivered on {}", "arrived on {}",
-                   "dates from {}", "saw first light on {}", "came into the world on {}", "began life on {}",
-                   "was a child of {}", "entered the world on {}"],
+                   "dates from {}"],
     "birth city": ["comes from {}", "is a native of {}", "has roots in {}", "hails from {}",
-                   "was a baby in {}", "started life in {}", "calls {} the place of birth",
-                   "spent the first days in {}", "grew up in {}", "learned to walk in {}"],
-    "university": ["went to {}", "studied at {}", "is a graduate of {}", "attended {}", "enrolled at {}",
-                   "took a degree at {}", "was a student at {}", "is an alum of {}", "got through {}",
-                   "holds a diploma of {}"],
+                   "was a baby in {}"],
+    "university": ["went to {}", "studied at {}", "is a graduate of {}", "attended {}", "enrolled at {}"],
     "major": ["majored in {}", "chose the subject of {}", "did a degree in {}", "specialized in {}",
-              "read {} as a student", "was trained in {}", "took courses in {}", "focused on {}",
-              "earned honors in {}", "learned {}"],
+              "read {} as a student"],
     "employer": ["works for {}", "has a job at {}", "is employed by {}", "earns a salary from {}",
-                 "joined {}", "was hired by {}", "makes a living at {}", "is paid by {}",
-                 "found a position at {}", "is on the staff of {}"],
-    "work city": ["lives in {}", "has an office in {}", "is based in {}", "moved to {}", "settled in {}",
-                  "goes to work in {}", "has a desk in {}", "commutes to {}", "is stationed in {}",
-                  "does business in {}"],
+                 "joined {}"],
+    "work city": ["lives in {}", "has an office in {}", "is based in {}", "moved to {}", "settled in {}"],
 }
 RELATIVE = {  # how a backward question names each attribute
     "birth date": "was born on {}", "birth city": "was born in {}", "university": "studied at {}",
@@ -108,23 +99,23 @@ RELATIVE = {  # how a backward question names each attribute
 
 
 class Arm(NamedTuple):
-    """One way to write the documents about a person, a value of --paraphrases: an arm of the experiment."""
-    texts: int = 1          # texts a person
-    wordings: int = 1       # ways to word a fact, if --wordings does not say
-    reorder: bool = False   # the order of the facts changes from text to text
-    late: bool = False      # the name may come late: facts before it are told of "He" or "She"
-    reverse: bool = False   # each text a second time, its words in reverse order, names and values kept whole
-    given: bool = False     # the name is always visible, never masked and never scored
+    """One way to write the documents about a person: an arm of the experiment."""
+    about: str                      # for --help
+    texts: int = 1                  # texts a person
+    change_order: bool = False      # the order of the facts changes from text to text
+    name_anywhere: bool = False     # the name may come late: facts before it are told of "He" or "She"
+    reverse: bool = False           # each text a second time, its words in reverse order
+    name_given: bool = False        # the name is always visible, never masked and never scored
 
 
-ARMS = {"none": Arm(), "same": Arm(5, 5), "shuffled": Arm(5, 5, reorder=True),
-        "permuted": Arm(5, 5, reorder=True, late=True),
-        "reversed": Arm(reverse=True), "given": Arm(given=True)}
-
-
-def flat(lists):
-    return [x for one in lists for x in one]
-
+ARMS = {  # the first three as in the paper
+    "none": Arm("one text"),
+    "same_order": Arm("five texts, facts in one order", texts=5),
+    "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
+    "name_anywhere": Arm("the same, but the name may come late", 5, change_order=True, name_anywhere=True),
+    "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
+    "name_given": Arm("one text, its name never masked and never scored", name_given=True),
+}
 
 # -----------------------------------------------------------------------------
 # People, documents, questions: plain text
@@ -151,25 +142,28 @@ def make_people(n, rng):
 
 
 def documents(person, arm, wordings, rng):
-    """The texts about one person in one of `ARMS`, each with the name once and all six facts.
+    """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts.
 
-    A text is put together from pieces that stay whole: the name, a value, a word of a wording. Read backwards
-    piece by piece, it is the `reversed` arm (entity-level reversal).
+    A text is a list of pieces that stay whole: the name, a value, a word of a wording, a full stop.
     """
-    arm, texts = ARMS[arm], []
-    join = lambda pieces: " ".join(pieces).replace(" .", ".")
+    texts = []
     for _ in range(arm.texts):
-        order = rng.sample(ATTRIBUTES, len(ATTRIBUTES)) if arm.reorder else ATTRIBUTES
-        named = rng.randrange(len(order)) if arm.late else 0
+        order = rng.sample(ATTRIBUTES, len(ATTRIBUTES)) if arm.change_order else ATTRIBUTES
+        named = rng.randrange(len(order)) if arm.name_anywhere else 0  # the sentence that has the name
         pieces = []
         for i, attribute in enumerate(order):
-            before, after = rng.choice(WORDINGS[attribute][:wordings]).split("{}")
             subject = person.name if i == named else person.pronoun
+            before, after = rng.choice(WORDINGS[attribute][:wordings]).split("{}")
             pieces += [subject, *before.split(), person.facts[attribute], *after.split(), "."]
-        texts.append(join(pieces))
+        texts.append(pieces)
         if arm.reverse:
-            texts.append(join(pieces[-2::-1] + ["."]))
+            texts.append(pieces[-2::-1] + ["."])
     return texts
+
+
+def spell(pieces):
+    """spell(["He", "lives", "in", "Oslo", "."]) = "He lives in Oslo."."""
+    return " ".join(pieces).replace(" .", ".")
 
 
 def forward_questions(person):
@@ -177,15 +171,15 @@ def forward_questions(person):
     return [(f"What is the {a} of {person.name}?", person.facts[a]) for a in ATTRIBUTES]
 
 
-def clues(person):
-    """All C(6, 3) = 20 triples of (attribute, value), the evidence that backward questions give."""
+def triples(person):
+    """All triples of (attribute, value), C(6, 3) = 20 of them: the clues that backward questions give."""
     return list(combinations(person.facts.items(), 3))
 
 
 def backward_questions(person, population):
     """[(question, name)] for the triples of facts that fit nobody else; `population` counts everybody's."""
     told = [[RELATIVE[attribute].format(value) for attribute, value in triple]
-            for triple in clues(person) if population[triple] == 1]
+            for triple in triples(person) if population[triple] == 1]
     return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in told]
 
 
@@ -200,7 +194,7 @@ class Marks(NamedTuple):
     end: int = 2        # closes a document; closes an answer and fills its canvas
     doc: int = 3        # opens a document
     question: int = 4   # opens a question
-    answer: int = 5     # an answer follows
+    answer: int = 5     # an answer follows, or the clean text behind a masked one
 
 
 MARKS = Marks()
@@ -210,8 +204,8 @@ CANVAS = 4                    # tokens of every answer: up to three words, then 
 
 # All words that the generator can write, sorted: the vocabulary does not depend on the seed.
 WORDS = sorted(set(re.findall(r"\w+", " ".join([
-    *MEN, *WOMEN, *MIDDLE, *LAST, *flat(POOLS.values()), *flat(WORDINGS.values()), *POOLS, *RELATIVE.values(),
-    "What is the of Who and He She"]))))
+    *MEN, *WOMEN, *MIDDLE, *LAST, *(word for pool in (*POOLS.values(), *WORDINGS.values()) for word in pool),
+    *POOLS, *RELATIVE.values(), "What is the of Who and He She"]))))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. It
 # looks a whole piece up before it merges bytes: " Boston" is one token, and an unknown word is its bytes.
@@ -233,77 +227,120 @@ def decode(ids):
     return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
 
 
-def document_row(text, given=False):
-    """([doc] text [end], where the text to learn starts: behind the name if that is given)."""
-    return [MARKS.doc, *encode(text), MARKS.end], 1 + NAME * given
+# Tokens of the longest document that could be written. All rows are as wide, so that the arm of new people
+# changes nothing about the rows of the known.
+LONGEST = NAME + 1 + sum(max(len(encode(f"He {wording.format(pool[0])}.")) for wording in WORDINGS[attribute])
+                         for attribute, pool in POOLS.items())
+
+
+class Rows(NamedTuple):
+    """N rows of tokens. What stands before a row's start is given; the rest is to be learned."""
+    tokens: torch.Tensor    # (N, T) int64, padded on the right
+    starts: torch.Tensor    # (N,) int64
+
+
+def document_row(text, name_given=False):
+    """[doc] text [end], and where the text to learn starts: behind the name if that is given."""
+    return [MARKS.doc, *encode(text), MARKS.end], 1 + NAME * name_given
 
 
 def question_row(question, answer=""):
-    """([question] words [answer] canvas, where the canvas starts): the canvas is the answer, then ends."""
+    """[question] words [answer] canvas, and where the canvas starts: it holds the answer, then ends. One
+    canvas for all answers, since one as long as the truth would tell how long that is."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
     canvas = encode(answer) if answer else []
     return prompt + canvas + [MARKS.end] * (CANVAS - len(canvas)), len(prompt)
 
 
-def pad_rows(rows):
-    """[(ids, start)] -> (N, T) int64 padded with `MARKS.pad`, (N,) int64 starts."""
-    width = max(len(ids) for ids, _ in rows)
+def pad_rows(rows, width=0):
+    """[(ids, start)] -> Rows, at least `width` wide."""
+    width = max(width, *(len(ids) for ids, _ in rows))
     tokens = torch.tensor([ids + [MARKS.pad] * (width - len(ids)) for ids, _ in rows], dtype=torch.int64)
-    return tokens, torch.tensor([start for _, start in rows], dtype=torch.int64)
+    return Rows(tokens, torch.tensor([start for _, start in rows], dtype=torch.int64))
 
 
 # -----------------------------------------------------------------------------
 # The corpus: everything a run reads and is asked
 
 
+class Item(NamedTuple):
+    """One thing an exam asks: what must the model write into the row, from `start` on?"""
+    ids: list
+    start: int
+    truth: list     # the ids that are right
+
+
+def question_item(question, answer):
+    """A question; its answer must be followed by an end."""
+    return Item(*question_row(question), encode(answer) + [MARKS.end])
+
+
+def document_items(person, pieces, attribute):
+    """(recite, cloze): the person's own document with one value, and all that follows it, masked.
+
+    recite   [doc] Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to [mask] ...
+    cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
+    """
+    at, length = pieces.index(person.facts[attribute]), len(encode(spell(pieces))) + 2
+    sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)
+    items = []
+    for shown in (pieces[:at], [person.name, *pieces[sentence + 1:at]]):
+        ids = [MARKS.doc, *encode(spell(shown))]
+        items.append(Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), encode(pieces[at])))
+    return items
+
+
 class Corpus(NamedTuple):
-    rows: torch.Tensor      # (N, T) int64, padded: all that is ever trained on
-    starts: torch.Tensor    # (N,) int64, where each row's text or answer starts
-    groups: dict            # name -> range of rows: known_documents, new_documents, forward, backward
-    exams: dict             # name -> [(question, answer)]: forward, backward, known_forward, known_backward
-    people: list            # known people, then new people
-    digest: str             # of rows, exams and vocabulary: the same digest, the same corpus
+    people: list        # known people, then new people
+    documents: dict     # "known", "new" -> Rows
+    questions: dict     # "forward", "backward" -> Rows, about known people alone
+    exams: dict         # name -> [Item]
 
 
-def make_corpus(known, new, paraphrases="none", wordings=1, seed=0):
+def make_corpus(known, new, paraphrases="none", known_paraphrases="change_order", wordings=5, seed=0):
     """Documents of `known` + `new` people, questions about the known, exams about both.
 
-    An exam holds every forward question and up to four backward questions a person. It asks about as many
-    known as new people, where there are as many, so that both scores are as exact.
+    How new people are written about changes nothing about the known, so one base serves all arms. Of a known
+    person's backward questions every second one is kept for the exam: `known_unasked`.
     """
+    flat = lambda lists: [item for one in lists for item in one]
     rng = random.Random(seed)
     people = make_people(known + new, rng)
-    population = Counter(triple for person in people for triple in clues(person))
-    texts = [[document_row(text, ARMS[paraphrases].given)
-              for text in documents(person, paraphrases, wordings, rng)] for person in people]
+    arms = [ARMS[known_paraphrases]] * known + [ARMS[paraphrases]] * new
+    texts = [documents(person, arm, wordings, random.Random(f"{seed} {person.name}"))
+             for person, arm in zip(people, arms)]
+    population = Counter(triple for person in people for triple in triples(person))
     forward = [forward_questions(person) for person in people]
     backward = [backward_questions(person, population) for person in people]
-    few = [rng.sample(questions, min(4, len(questions))) for questions in backward]
+    for questions in backward:
+        rng.shuffle(questions)
 
-    rows, groups = [], {}
-    for group, more in {"known_documents": flat(texts[:known]), "new_documents": flat(texts[known:]),
-                        "forward": [question_row(*q) for q in flat(forward[:known])],
-                        "backward": [question_row(*q) for q in flat(backward[:known])]}.items():
-        groups[group] = range(len(rows), len(rows) + len(more))
-        rows += more
-    exams = {"forward": flat(forward[known:]), "backward": flat(few[known:]),
-             "known_forward": flat(forward[:known][:new]), "known_backward": flat(few[:known][:new])}
-    digest = hashlib.sha256(repr((rows, exams, WORDS)).encode()).hexdigest()[:12]
-    return Corpus(*pad_rows(rows), groups, exams, people, digest)
+    rows = [[document_row(spell(pieces), arm.name_given) for pieces in some] for some, arm in zip(texts, arms)]
+    asked = {"forward": [question_row(*q) for q in flat(forward[:known])],
+             "backward": [question_row(*q) for q in flat(some[::2] for some in backward[:known])]}
+    widest = max(len(ids) for some in asked.values() for ids, _ in some)
+    rungs = [document_items(person, some[0], attribute)
+             for person, some in zip(people[known:], texts[known:]) for attribute in ATTRIBUTES]
+    exams = {"recite": [recite for recite, _ in rungs], "cloze": [cloze for _, cloze in rungs]}
+    for name, questions in {  # as many known as new people, where there are as many: both scores are as exact
+            "forward": forward[known:], "backward": [some[:4] for some in backward[known:]],
+            "known_forward": forward[:known][:new],
+            "known_backward": [some[::2][:2] for some in backward[:known][:new]],
+            "known_unasked": [some[1::2][:2] for some in backward[:known][:new]]}.items():
+        exams[name] = [question_item(*q) for q in flat(questions)]
+    return Corpus(people,
+                  {"known": pad_rows(flat(rows[:known]), LONGEST), "new": pad_rows(flat(rows[known:]), LONGEST)},
+                  {name: pad_rows(some, widest) for name, some in asked.items()}, exams)
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Print what the generator writes.")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another person (default: 0)")
-    rng = random.Random(parser.parse_args().seed)
-    person = make_people(1, rng)[0]
-    backward = backward_questions(person, Counter(clues(person)))
-    show = lambda title, lines: print(title, *lines, sep="\n    ", end="\n\n")
-    show(person.name, (f"{attribute:<11} {value}" for attribute, value in person.facts.items()))
-    for arm in ARMS:
-        show(f"--paraphrases {arm}", documents(person, arm, ARMS[arm].wordings, rng))
-    show("questions", (f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]))
-    show("tokens of the last", (f"{i:>4} {TOKENIZER.decode([i])!r}" for i in question_row(*backward[2])[0]))
+    rng = random.Random()
+    person, = make_people(1, rng)
+    backward = backward_questions(person, Counter(triples(person)))
+    for name, arm in ARMS.items():
+        print(f"--paraphrases {name}", *map(spell, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
+    print("questions", *(f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]), sep="\n    ")
+    print("\ntokens of the last", *(TOKENIZER.decode([i]) for i in question_row(*backward[2])[0]), sep="|")
 
 
 if __name__ == "__main__":

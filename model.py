@@ -12,28 +12,29 @@ masks. The model is not told how much of its input is masked: it can count the m
     python train.py --n_layer 4 --n_head 4 --n_embd 128
 
 B rows in a batch, T tokens in a row, C channels, H heads of D = C / H channels, V tokens in the vocabulary.
+Behind the model stand the choice of the machine and the files that models are kept in.
 """
+import io
+import json
+import os
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import MARKS, TOKENIZER
+
 
 @dataclass
 class ModelConfig:
-    vocab_size: int
     n_layer: int
     n_head: int
     n_embd: int
     causal: bool = True     # does position t see only positions up to t?
-    pad: int = 0            # the token that fills rows up: nothing attends to it
+    vocab_size: int = TOKENIZER.n_vocab
     dtype: str = "float32"  # of the matrix products; weights, loss and optimizer are float32 in any case
-
-    def __post_init__(self):
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n_embd {self.n_embd} is no multiple of 2 x --n_head = {2 * self.n_head}: "
-                             "take one, so that every head gets an even number of channels")
 
 
 def norm(x):
@@ -57,9 +58,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, visible):
     """softmax(q k^T / sqrt(D)) v, each (B, H, T, D), over the `visible` keys, (B, 1, 1 or T, T) bool.
 
-    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 that makes a step on a CPU a
-    third shorter (README, notes), and the fused kernel of MPS has let queries see masked keys (pytorch issues
-    195910, 184180, 181151).
+    CUDA has a fused kernel. Elsewhere we write it out: on short rows in bfloat16 a step on a CPU gets a third
+    shorter, and the fused kernel of MPS has let queries see masked keys (pytorch issues 195910, 184180).
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -112,18 +112,18 @@ class Transformer(nn.Module):
 
     def initialize(self, generator):
         """Normal weights from `generator`; what writes into the residual stream starts at zero."""
-        nn.init.normal_(self.embed.weight, std=0.02, generator=generator)
-        for block in self.blocks:
-            for matrix in (block.attention.qkv, block.mlp.up):
-                nn.init.normal_(matrix.weight, std=matrix.in_features ** -0.5, generator=generator)
-            for matrix in (block.attention.out, block.mlp.down):
-                nn.init.zeros_(matrix.weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.zeros_(weight)
+            else:
+                std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
         return self
 
     def trunk(self, tokens):
         """(B, T) int64 tokens -> (B, T, C). Nothing sees padding; if causal, nothing sees the future."""
         T, device = tokens.size(1), tokens.device
-        visible = (tokens != self.config.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
+        visible = (tokens != MARKS.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
         if self.config.causal:
             position = torch.arange(T, device=device)
             visible = visible & (position <= position[:, None])  # (B, 1, T, T): keys up to each query
@@ -139,25 +139,75 @@ class Transformer(nn.Module):
             x = self.trunk(tokens)
             return F.linear(x if at is None else x[at], self.embed.weight)
 
-    def flops(self, B, T, scored):
-        """Floating-point operations of one training step on (B, T) rows with `scored` scored positions.
 
-        A multiplication and an addition each count one, so a C x C matrix costs 2 C^2 a token. A block has
-        12 C^2 weights and two T x C products for attention (all T keys, causal or not); then V x C logits a
-        scored position. Backward costs twice forward: three times all that.
-        """
-        C, V = self.config.n_embd, self.config.vocab_size
-        return 3 * (B * T * self.config.n_layer * (2 * 12 * C * C + 2 * 2 * T * C) + scored * 2 * V * C)
+# -----------------------------------------------------------------------------
+# The machine
 
 
-def pick_machine(device="auto", dtype="auto"):
-    """Names, or 'auto' for the best there is -> (device, dtype, why), all str. ValueError if not there."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+class Stop(Exception):
+    """The program ends here, with a message for the person who started it."""
+
+
+def one_line(main):
+    """Decorate a script's main(): what a person can mend ends in one line and exit code 2, as a wrong flag
+    does. Anything else is a bug and keeps its traceback."""
+    def guarded():
+        try:
+            return main()
+        except (Stop, OSError) as problem:
+            message = problem
+        except (MemoryError, torch.OutOfMemoryError):
+            message = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
+        except KeyboardInterrupt:
+            message = "stopped by Ctrl-C: the same command, without --overwrite, goes on from the last checkpoint"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    return guarded
+
+
+def pick_machine(device, dtype):
+    """The device and the dtype to use, where "auto" leaves either to us: the best device there is, bfloat16
+    where the hardware multiplies it."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [name for name in there if there[name]]
     if device not in ("auto", *here):
-        raise ValueError(f"--device {device} cannot be used here: take {here[0]}, or auto")
-    why = "asked for" if device != "auto" else "no GPU was found" if here == ["cpu"] else "a GPU was found"
+        raise Stop(f"--device {device} cannot be used here: take {' or '.join(here)}, or leave it out")
     device = here[0] if device == "auto" else device
-    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: torch.cpu._is_avx512_bf16_supported(), "mps": lambda: False}[device]()
-    dtype = dtype if dtype != "auto" else "bfloat16" if fast else "float32"
-    return device, dtype, f"{why}; bfloat16 is {'' if fast else 'not '}fast here"
+    if dtype == "auto":
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
+                device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        dtype = "bfloat16" if fast else "float32"
+    return device, dtype
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def write(path, content):
+    """Write bytes so that `path` holds what stood there or the new content, never half of it, even if this
+    process is killed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same base
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise Stop(f"{path} could not be written ({problem}): what stood there is intact; repeat the command")
+
+
+def load(path, needs):
+    """The dict in a .pt or .json file, which must have the keys in `needs`; code in it is never run."""
+    try:
+        content = path.read_bytes()
+        saved = (json.loads(content) if path.suffix == ".json" else
+                 torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        lacks = [key for key in needs if key not in saved]
+    except (OSError, MemoryError):  # the file may be in order
+        raise
+    except Exception:  # there is no end to what a damaged file can raise
+        raise Stop(f"{path} is damaged: delete it, then train (again)")
+    if lacks:
+        raise Stop(f"{path} lacks {', '.join(lacks)}: another version wrote it; move it away, then train (again)")
+    return saved

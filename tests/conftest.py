@@ -1,6 +1,5 @@
 """What the tests share: a folder of their own, a tiny run, and a way to call the scripts as people do."""
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ torch.set_num_threads(1)  # everything here is tiny: threads would only wait for
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--known", "6", "--new", "4", "--n_layer", "1", "--n_head", "1", "--n_embd", "16", "--batch_size",
-        "16", "--steps", "6", "--school_steps", "4", "--device", "cpu", "--dtype", "float32"]
+        "16", "--steps", "6", "--pretrain_steps", "4", "--device", "cpu", "--dtype", "float32"]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 
 
@@ -39,10 +38,15 @@ def tiny(module, *arguments, folder="out/run"):
     call(module, *TINY, "--out_dir", folder, *arguments)
 
 
+def bases():
+    return list(Path("out").glob("base-*.pt"))
+
+
 def unbroken(*arguments):
-    """The run that a broken one is compared with, in a/run; the broken one goes to school itself."""
+    """The run that a broken one is compared with, in a/run; the broken one makes its base itself."""
     tiny(train, *arguments, folder="a/run")
-    shutil.rmtree("out/bases")
+    for base in bases():
+        base.unlink()
 
 
 def finished(folder):

@@ -7,7 +7,8 @@ import torch
 
 from conftest import generator
 from data import CANVAS, MARKS, TOKENIZER, decode, document_row, encode, pad_rows, question_row
-from diffusion import MODES, ar, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, noise
+from diffusion import (MODES, RATIOS, content, corrupt, decode_ar, decode_diffusion, decode_masked, diffusion,
+                       loss, masked, random_prompt)
 from model import ModelConfig, Transformer
 
 M = MARKS
@@ -39,7 +40,7 @@ def test_uniform_masking_hides_every_number_of_tokens_equally_often():
 
 @pytest.mark.parametrize("t, k", [(0.0, 0), (0.01, 1), (0.5, 5), (0.75, 8), (1.0, 10)])
 def test_a_fixed_ratio_hides_its_share(t, k):
-    """round(t L) tokens of L = 10 in every row, but never none if t > 0: a row with nothing to learn is a
+    """ceil(t L) tokens of L = 10 in every row, so never none if t > 0: a row with nothing to learn is a
     waste."""
     hidden, weights = corrupt(torch.ones(7, 10, dtype=torch.bool), t, generator())
     assert hidden.sum(1).tolist() == [k] * 7
@@ -56,11 +57,11 @@ def test_the_papers_ratio_is_a_coin_for_each_token():
     assert 0.05 <= t.min() < 0.06 and 0.94 < t.max() <= 0.9501
 
 
-@pytest.mark.parametrize("ratio", ("uniform", 0.5, 1.0, "paper"))
+@pytest.mark.parametrize("ratio", (*RATIOS, 0.5, 1.0))
 def test_only_content_is_hidden(ratio):
     """Padding, the marks at the start and the words of a question are never masked, whatever the ratio."""
     tokens, starts = rows("He lives in Oslo.", ("Who lives in Oslo?", "Curtis Chase Emley"))
-    allowed = content(tokens, starts, M)
+    allowed = content(tokens, starts)
     assert allowed.sum(1).tolist() == [6, CANVAS]  # He lives in Oslo . [end]; three names and [end]
     for seed in range(50):
         hidden, weights = corrupt(allowed, ratio, generator(seed))
@@ -80,7 +81,7 @@ def test_three_objectives_side_by_side():
     tokens, starts = rows("He lives in")
     table = {}
     for name in THREE:
-        inputs, targets, weights = MODES[name].objective(tokens, starts, M, 1.0, generator())
+        inputs, targets, weights = MODES[name].objective(tokens, starts, 1.0, generator())
         at = weights[0] > 0
         table[name] = shown(inputs[0].tolist()), shown(targets[0][at].tolist()), at.nonzero()[:, 0].tolist()
         assert weights[0][at].tolist() == pytest.approx([1 / 4] * 4)
@@ -90,49 +91,52 @@ def test_three_objectives_side_by_side():
     assert table["masked"] == (["doc"] + ["mask"] * 4 + ["answer", "He", "lives", "in"], answer, [5, 6, 7, 8])
 
 
-def test_questions_are_scored_on_the_answer_alone():
-    """`ar` and `masked` treat a question alike: loss on the answer and its ends; `diffusion` masks only
-    there."""
-    tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), "He lives in Oslo.")
-    for name in THREE:
-        inputs, targets, weights = MODES[name].objective(tokens, starts, M, 1.0, generator())
-        assert shown(targets[0][weights[0] > 0].tolist()) == ["Curtis", "Chase", "Emley", "end"], name
-        assert weights.sum(1).tolist() == pytest.approx([1, 1])  # every row weighs the same, long or short
+@pytest.mark.parametrize("mode", MODES)
+def test_questions_are_scored_on_the_answer_alone(mode):
+    """Whatever the mode, a question is trained as the base was: loss on the answer and its ends and on no word
+    of the question, and every row weighs the same, long or short."""
+    tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), ("Who studied at Yale and lives in Rome?", "Law"))
+    base = MODES[MODES[mode].base]
+    scored = torch.zeros_like(tokens, dtype=torch.bool)
+    for seed in range(20):  # diffusion scores what it masks
+        _, targets, weights = base.objective(tokens, starts, base.ratio, generator(seed))
+        scored[:, -weights.size(1):] |= weights > 0
+        assert weights.sum(1).tolist() == pytest.approx([1, 1])
+    assert [shown(row[at].tolist()) for row, at in zip(tokens, scored)] == [
+        ["Curtis", "Chase", "Emley", "end"], ["Law", "end", "end", "end"]]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_given_name_is_neither_hidden_nor_scored(mode):
     """A text to learn may start behind the name: every objective shows the name and asks for the rest."""
-    tokens, starts = pad_rows([document_row("Curtis Chase Emley was born.", given=True),
+    tokens, starts = pad_rows([document_row("Curtis Chase Emley was born.", name_given=True),
                                document_row("She works for Sony.")])
-    inputs, targets, weights = MODES[mode].objective(tokens, starts, M, 1.0, generator())
+    inputs, targets, weights = MODES[mode].objective(tokens, starts, 1.0, generator())
     assert shown(targets[0][weights[0] > 0].tolist()) == ["was", "born", ".", "end"]
     assert shown(inputs[0, :4].tolist()) == ["doc", "Curtis", "Chase", "Emley"]
 
 
 def test_masked_keeps_rows_of_different_lengths_apart():
     """Each row is built from its own document: prompt, padding, then T tokens behind the prompt [answer], the
-    clean copy, padding; no token of another row. A question stays as it is."""
-    tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.", ("Who?", "A"))
-    inputs, targets, weights = masked(tokens, starts, M, 0.5, generator())
+    clean copy, padding; no token of another row, and no loss on the prompt."""
+    tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.")
+    inputs, targets, weights = masked(tokens, starts, 0.5, generator())
     for i in (0, 1):
         clean = [t for t in tokens[i].tolist() if t != M.pad]
         n, T, row = len(clean), tokens.size(1), inputs[i].tolist()
         assert all(a in (b, M.mask) for a, b in zip(row[:n], clean))
-        assert row[:n].count(M.mask) == round(0.5 * (n - 1))
+        assert row[:n].count(M.mask) == math.ceil(0.5 * (n - 1))
         assert set(row[n:T]) <= {M.pad} and row[T] == M.answer and row[T + 1:T + n - 1] == clean[1:-1]
-        assert targets[i][weights[i] > 0].tolist() == clean[1:]
-    question = [t for t in tokens[2].tolist() if t != M.pad]
-    assert inputs[2, :len(question)].tolist() == question and (inputs[2, len(question):] == M.pad).all()
+        assert targets[i][weights[i] > 0].tolist() == clean[1:] and not weights[i, :T].any()
 
 
 def test_masked_at_ratio_one_shows_nothing_and_at_zero_everything():
     """Ratio 1: the prompts of two documents of one length are the same, so `masked` is `ar` with a length
     hint. Ratio 0: the prompt is the document, and copying solves it."""
     tokens, starts = rows("He lives in Oslo.", "She works for Sony.")
-    inputs, _, _ = masked(tokens, starts, M, 1.0, generator())
+    inputs, _, _ = masked(tokens, starts, 1.0, generator())
     assert torch.equal(inputs[0, :8], inputs[1, :8])
-    inputs, _, _ = masked(tokens, starts, M, 0.0, generator())
+    inputs, _, _ = masked(tokens, starts, 0.0, generator())
     assert torch.equal(inputs[:, :7], tokens)
 
 
@@ -147,7 +151,7 @@ def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case():
 
 # -- the ELBO ----------------------------------------------------------------
 
-L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4; MASK is 4
+L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4
 
 
 def toy(seed=0):
@@ -204,12 +208,11 @@ def estimate(ratio, n=40_000):
     """Mean and standard error of the training loss of `diffusion` for the toy model, over n corruptions of
     X."""
     log_p = toy()
-    marks = M._replace(pad=9, mask=4)
-    starts = torch.zeros(n, dtype=torch.int64)
-    inputs, targets, weights = diffusion(X.repeat(n, 1), starts, marks, ratio, generator())
+    starts, first = torch.zeros(n, dtype=torch.int64), len(M)  # the ids below `first` are marks
+    inputs, targets, weights = diffusion(first + X.repeat(n, 1), starts, ratio, generator())
     seen, which = inputs.unique(dim=0, return_inverse=True)
-    tables = torch.stack([log_p(tuple(None if v == 4 else v for v in row)) for row in seen.tolist()])
-    nll = -tables[which].gather(2, targets[..., None])[..., 0]
+    tables = torch.stack([log_p(tuple(None if v == M.mask else v - first for v in row)) for row in seen.tolist()])
+    nll = -tables[which].gather(2, targets[..., None] - first)[..., 0]
     losses = (weights * nll).sum(1)
     return losses.mean().item(), losses.std().item() / math.sqrt(n)
 
@@ -291,7 +294,7 @@ def test_at_mask_ratio_one_the_best_loss_is_the_entropy_of_each_position():
 
     def value(table):
         model = lambda inputs, at: table.log().expand(len(inputs), *table.shape)[at]
-        batch = diffusion(tokens, torch.zeros(6, dtype=torch.int64), M, 1.0, generator())
+        batch = diffusion(tokens, torch.zeros(6, dtype=torch.int64), 1.0, generator())
         assert (batch[0] == M.mask).all()
         return loss(model, *batch).item()
     assert value(shares) == pytest.approx(entropies.mean().item(), rel=1e-6)
@@ -314,24 +317,23 @@ def copyist(inputs, at):
 def test_masked_at_ratio_zero_is_copying(ratio, solved):
     """A model that copies the prompt, and has learned no fact, has a loss of zero at ratio 0 and only
     there."""
-    batch = masked(*rows("He lives in Oslo.", "She works for Sony and lives in Rome."), M, ratio, generator())
+    batch = masked(*rows("He lives in Oslo.", "She works for Sony and lives in Rome."), ratio, generator())
     assert (loss(copyist, *batch) < 1e-6) == solved
 
 
-def test_noise_has_the_shape_of_masked_and_tells_nothing():
+def test_a_random_prompt_has_the_shape_of_masked_and_tells_nothing():
     """The control: the same targets and weights as `masked`, a prompt of the same length, but of random
     words: two documents give the same prompt from the same generator, and no mark stands in it."""
     a, starts = rows("He lives in Oslo.", "She moved to Rome.")
     b, _ = rows("He works for Sony.", "She went to Yale.")
-    inputs, targets, weights = noise(a, starts, M, 0.5, generator())
-    as_masked = masked(a, starts, M, 0.5, generator())
+    inputs, targets, weights = random_prompt(a, starts, None, generator())
+    as_masked = masked(a, starts, 0.5, generator())
     assert torch.equal(targets[weights > 0], as_masked[1][as_masked[2] > 0])
     assert torch.equal(weights, as_masked[2]) and torch.equal(inputs[:, 7:], as_masked[0][:, 7:])
-    a[0, 1] = b[0, 1] = torch.cat((a, b)).max()  # both draw from the same words
     a, b, starts = (x.repeat_interleave(500, dim=0) for x in (a, b, starts))
-    prompt = lambda rows: noise(rows, starts, M, 0.5, generator())[0][:, :7]
+    prompt = lambda rows: random_prompt(rows, starts, None, generator())[0][:, :7]
     assert torch.equal(prompt(a), prompt(b)) and (prompt(a)[:, 1:] >= len(M)).all()
-    assert prompt(a)[:, 1:].unique().numel() > 100
+    assert prompt(a)[:, 1:].unique().numel() > 500
 
 
 def influence(model, inputs, position):
@@ -352,12 +354,12 @@ def test_no_gradient_comes_from_the_future_or_from_a_fully_masked_document():
     """`masked` at ratio 1: behind [answer] each output depends on every real token up to itself, on none
     after it and on no padding between prompt and answer. All it can take from the prompt comes from masks,
     which are the same for every document of that length."""
-    model = Transformer(ModelConfig(TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=16)).double()
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=generator())
     longer = "Curtis Chase Emley works for Sony."
-    inputs, _, _ = masked(*rows("He lives in Oslo.", longer), M, 1.0, generator())
-    other, _, _ = masked(*rows("She works for Sony.", longer), M, 1.0, generator())
+    inputs, _, _ = masked(*rows("He lives in Oslo.", longer), 1.0, generator())
+    other, _, _ = masked(*rows("She works for Sony.", longer), 1.0, generator())
     start = inputs[0].tolist().index(M.answer)
     assert torch.equal(inputs[:, :start + 1], other[:, :start + 1]) and not torch.equal(inputs, other)
     real = inputs[0] != M.pad
@@ -407,7 +409,7 @@ def test_diffusion_fills_the_most_confident_mask_first():
     seen = []
     tokens = torch.tensor([[M.question, M.end, M.end, M.end]])
     watch = lambda rows: seen.append(rows[0, 1:].tolist())
-    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, M, watch)
+    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, watch)
     assert seen == [[M.mask, 12, M.mask], [M.mask, 12, 13], [11, 12, 13]]
     assert out.tolist() == [[11, 12, 13]]
 
@@ -420,7 +422,7 @@ def test_two_bits_that_differ_need_two_steps():
         other = int(tokens[b, 3 - t])  # the places are 1 and 2
         return torch.zeros(20).index_fill(0, torch.tensor(11 if other == 10 else 10), 3.0)
     tokens = torch.tensor([[M.question, M.end, M.end]])
-    assert sorted(decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 2, M)[0].tolist()) == [10, 11]
+    assert sorted(decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 2)[0].tolist()) == [10, 11]
 
 
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
@@ -430,7 +432,7 @@ def test_a_mark_is_never_an_answer(decoder):
     def logits(tokens, b, t):
         return torch.arange(20.0, 0, -1)  # the lower the id the likelier: all marks come first
     tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])
-    assert decoder(Scripted(logits), tokens, torch.tensor([2]), 2, M).tolist() == [[M.end, M.end]]
+    assert decoder(Scripted(logits), tokens, torch.tensor([2]), 2).tolist() == [[M.end, M.end]]
 
 
 def test_greedy_decoding_feeds_each_token_back():
@@ -438,37 +440,44 @@ def test_greedy_decoding_feeds_each_token_back():
     def logits(tokens, b, t):
         return torch.zeros(20).index_fill(0, (tokens[b, t] + 1)[None], 1.0)
     tokens = torch.tensor([[4, 7, 2, 2, 2, 0], [4, 5, 12, 2, 2, 2]])
-    out = decode_ar(Scripted(logits), tokens, torch.tensor([2, 3]), 3, M)
+    out = decode_ar(Scripted(logits), tokens, torch.tensor([2, 3]), 3)
     assert out.tolist() == [[8, 9, 10], [13, 14, 15]]
 
 
-@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
+@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion, decode_masked))
 def test_decoders_do_not_look_at_the_true_answer(decoder):
     """The canvas is overwritten: the same question with another answer behind it decodes to the same."""
-    model = Transformer(ModelConfig(TOKENIZER.n_vocab, 1, 1, 16, causal=decoder is decode_ar))
+    model = Transformer(ModelConfig(1, 1, 16, causal=decoder is not decode_diffusion))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5, generator=generator())
     a, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"))
     b, _ = rows(("Who lives in Oslo?", "Rome"))
-    assert torch.equal(decoder(model, a, starts, CANVAS, M), decoder(model, b, starts, CANVAS, M))
+    assert torch.equal(decoder(model, a, starts, CANVAS), decoder(model, b, starts, CANVAS))
 
 
-@pytest.mark.parametrize("mode", THREE)
-def test_each_objective_learns_one_batch_by_heart(mode):
-    """Trained on three questions and a document alone, the model answers exactly: loss, shift and decoder
-    agree."""
+DOCUMENT = "Curtis Chase Emley lives in Oslo."
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_learns_one_batch_by_heart(mode):
+    """Trained on three questions and a document alone, the model answers exactly, and fills the end of the
+    document in: loss, shift and decoders agree. Behind a random prompt it can only recite."""
     pairs = [("Who lives in Oslo?", "Curtis Chase Emley"), ("Who lives in Rome?", "Alice Lane Doyle"),
              ("What is the major of Alice Lane Doyle?", "Law")]
-    tokens, starts = rows(*pairs, "Curtis Chase Emley lives in Oslo.")
-    model = Transformer(ModelConfig(TOKENIZER.n_vocab, 2, 2, 32, causal=MODES[mode].causal))
-    model.initialize(generator())
+    documents, questions = rows(DOCUMENT), rows(*pairs)
+    mode = MODES[mode]
+    base = MODES[mode.base]
+    model = Transformer(ModelConfig(2, 2, 32, causal=mode.causal)).initialize(generator())
     optimizer, g = torch.optim.AdamW(model.parameters(), lr=5e-3), generator(1)
     for _ in range(300):
-        value = loss(model, *MODES[mode].objective(tokens, starts, M, "uniform", g))
+        value = loss(model, *mode.objective(*documents, mode.ratio, g))
+        value += loss(model, *base.objective(*questions, base.ratio, g))
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    asked, starts = rows(*((q, "") for q, _ in pairs))
-    out = MODES[mode].decode(model, asked, starts, CANVAS, M)
+    out = mode.answer(model, *rows(*((q, "") for q, _ in pairs)), CANVAS)
     assert [decode(ids) for ids in out.tolist()] == [answer for _, answer in pairs]
-    assert value < 0.05
+    blank = documents.tokens.clone()
+    blank[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
+    assert decode(mode.fill(model, blank, torch.tensor([6]), 1)[0].tolist()) == "Oslo"
+    assert value < 0.1

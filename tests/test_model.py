@@ -1,19 +1,24 @@
 """What attention may see: the past, both sides, never padding, never a neighbour in the batch."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train
+
 from conftest import DEVICES, generator
+from data import MARKS
 from model import ModelConfig, Transformer, attend, rotary, rotate
 
-V, PAD = 11, 0
+V, PAD = 11, MARKS.pad
 
 
 def make(causal, seed=0, dtype="float32"):
     """A small model in float64 with no zero matrix, so that every path from input to output carries
     signal."""
     g = generator(seed)
-    model = Transformer(ModelConfig(V, n_layer=2, n_head=2, n_embd=16, causal=causal, pad=PAD,
+    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16, causal=causal, vocab_size=V,
                                     dtype=dtype)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=g)
@@ -126,15 +131,27 @@ def test_parameters_can_be_counted_by_hand():
 
 def test_one_seed_one_initialization():
     """The weights follow from the generator alone, and an untrained block passes its input through."""
-    config = ModelConfig(V, n_layer=1, n_head=1, n_embd=8)
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=V)
     a, b = (Transformer(config).initialize(generator(5)) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     x = F.layer_norm(a.embed(tokens()), (8,))
     torch.testing.assert_close(a.trunk(tokens()), F.layer_norm(x, (8,)))
 
 
-def test_sizes_that_do_not_divide_are_an_error():
-    """Heads share the channels, and rotary positions turn them in pairs: 16 / 3 and 18 / 2 = 9 do not do."""
-    for n_head, n_embd in ((3, 16), (2, 18)):
-        with pytest.raises(ValueError, match="multiple of"):
-            ModelConfig(V, n_layer=1, n_head=n_head, n_embd=n_embd)
+def test_a_parameter_that_is_added_is_initialized_and_trained():
+    """Whoever adds learned positions finds them drawn from the generator, and in exactly one optimizer; all
+    groups of both optimizers follow the schedule."""
+    class WithPositions(Transformer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.positions = torch.nn.Parameter(torch.full((48, config.n_embd), torch.nan))
+            self.blocks[0].gain = torch.nn.Parameter(torch.full((config.n_embd,), torch.nan))
+    config = ModelConfig(n_layer=2, n_head=1, n_embd=8, vocab_size=V)
+    a, b = (WithPositions(config).initialize(generator(5)) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    for name in ("muon", "adamw"):
+        settings = SimpleNamespace(optimizer=name, lr=0.1, embed_lr=0.2, decay=0.3)
+        groups = [group for optimizer in train.make_optimizers(a, settings) for group in optimizer.param_groups]
+        trained = [id(p) for group in groups for p in group["params"]]
+        assert sorted(trained) == sorted(id(p) for p in a.parameters())
+        assert [(group["peak"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0)]
