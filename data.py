@@ -121,6 +121,9 @@ ARMS = {  # the first three as in the paper
 # People, documents, questions: plain text
 
 
+MOST_PEOPLE = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # so that a new draw is rarely a name we have
+
+
 class Person(NamedTuple):
     name: str           # "Curtis Chase Emley"
     pronoun: str        # "He" or "She"
@@ -128,10 +131,8 @@ class Person(NamedTuple):
 
 
 def make_people(n, rng):
-    """n people with names all different; each attribute drawn on its own. ValueError if names run out."""
-    limit = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # so that a new draw is rarely a name we have
-    if n > limit:
-        raise ValueError(f"--known and --new are {n:,} people: there are names for at most {limit:,} in all")
+    """n people with names all different, at most MOST_PEOPLE; each attribute drawn on its own."""
+    assert n <= MOST_PEOPLE
     people = {}
     while len(people) < n:
         first = rng.choice(MEN + WOMEN)
@@ -188,7 +189,7 @@ def backward_questions(person, population):
 
 
 class Marks(NamedTuple):
-    """The special tokens. They have no spelling: no text can produce them."""
+    """The special tokens. No text is encoded to them, not even "<mask>"."""
     pad: int = 0        # fills a row to the common length: never attended, masked or scored
     mask: int = 1       # a hidden token
     end: int = 2        # closes a document; closes an answer and fills its canvas
@@ -227,12 +228,6 @@ def decode(ids):
     return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
 
 
-# Tokens of the longest document that could be written. All rows are as wide, so that the arm of new people
-# changes nothing about the rows of the known.
-LONGEST = NAME + 1 + sum(max(len(encode(f"He {wording.format(pool[0])}.")) for wording in WORDINGS[attribute])
-                         for attribute, pool in POOLS.items())
-
-
 class Rows(NamedTuple):
     """N rows of tokens. What stands before a row's start is given; the rest is to be learned."""
     tokens: torch.Tensor    # (N, T) int64, padded on the right
@@ -241,7 +236,7 @@ class Rows(NamedTuple):
 
 def document_row(text, name_given=False):
     """[doc] text [end], and where the text to learn starts: behind the name if that is given."""
-    return [MARKS.doc, *encode(text), MARKS.end], 1 + NAME * name_given
+    return [MARKS.doc, *encode(text), MARKS.end], 1 + NAME if name_given else 1
 
 
 def question_row(question, answer=""):
@@ -249,7 +244,21 @@ def question_row(question, answer=""):
     canvas for all answers, since one as long as the truth would tell how long that is."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
     canvas = encode(answer) if answer else []
+    assert len(canvas) < CANVAS, f"{answer!r} leaves no room for an end: raise CANVAS"
     return prompt + canvas + [MARKS.end] * (CANVAS - len(canvas)), len(prompt)
+
+
+def longest_document():
+    """Tokens of the longest document that could be written. All rows are as wide, so that the arm of new
+    people changes nothing about the rows of the known."""
+    total = len([MARKS.doc, MARKS.end]) + NAME - 1  # the name stands for one of the pronouns below
+    for attribute, pool in POOLS.items():
+        value = max(pool, key=lambda value: value.count(" "))
+        total += max(len(encode(f"He {wording.format(value)}.")) for wording in WORDINGS[attribute])
+    return total
+
+
+WIDTH = longest_document()
 
 
 def pad_rows(rows, width=0):
@@ -268,26 +277,30 @@ class Item(NamedTuple):
     ids: list
     start: int
     truth: list     # the ids that are right
+    canvas: int     # how many tokens the model writes
 
 
 def question_item(question, answer):
     """A question; its answer must be followed by an end."""
-    return Item(*question_row(question), encode(answer) + [MARKS.end])
+    return Item(*question_row(question), encode(answer) + [MARKS.end], CANVAS)
 
 
 def document_items(person, pieces, attribute):
-    """(recite, cloze): the person's own document with one value, and all that follows it, masked.
+    """Two items that ask for one value of the document `pieces`; it and all that follows it is masked.
 
     recite   [doc] Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to [mask] ...
     cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
     """
-    at, length = pieces.index(person.facts[attribute]), len(encode(spell(pieces))) + 2
-    sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)
-    items = []
-    for shown in (pieces[:at], [person.name, *pieces[sentence + 1:at]]):
+    at = pieces.index(person.facts[attribute])
+    sentence = at  # where the value's own sentence starts
+    while sentence > 0 and pieces[sentence - 1] != ".":
+        sentence -= 1
+    length, truth = len(document_row(spell(pieces))[0]), encode(pieces[at])
+
+    def item(shown):
         ids = [MARKS.doc, *encode(spell(shown))]
-        items.append(Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), encode(pieces[at])))
-    return items
+        return Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), truth, len(truth))
+    return item(pieces[:at]), item([person.name, *pieces[sentence + 1:at]])
 
 
 class Corpus(NamedTuple):
@@ -301,36 +314,36 @@ def make_corpus(known, new, paraphrases="none", known_paraphrases="change_order"
     """Documents of `known` + `new` people, questions about the known, exams about both.
 
     How new people are written about changes nothing about the known, so one base serves all arms. Of a known
-    person's backward questions every second one is kept for the exam: `known_unasked`.
+    person's backward questions two are kept from training, for the exam `known_unasked`.
     """
-    flat = lambda lists: [item for one in lists for item in one]
     rng = random.Random(seed)
     people = make_people(known + new, rng)
-    arms = [ARMS[known_paraphrases]] * known + [ARMS[paraphrases]] * new
-    texts = [documents(person, arm, wordings, random.Random(f"{seed} {person.name}"))
-             for person, arm in zip(people, arms)]
     population = Counter(triple for person in people for triple in triples(person))
-    forward = [forward_questions(person) for person in people]
-    backward = [backward_questions(person, population) for person in people]
-    for questions in backward:
-        rng.shuffle(questions)
-
-    rows = [[document_row(spell(pieces), arm.name_given) for pieces in some] for some, arm in zip(texts, arms)]
-    asked = {"forward": [question_row(*q) for q in flat(forward[:known])],
-             "backward": [question_row(*q) for q in flat(some[::2] for some in backward[:known])]}
-    widest = max(len(ids) for some in asked.values() for ids, _ in some)
-    rungs = [document_items(person, some[0], attribute)
-             for person, some in zip(people[known:], texts[known:]) for attribute in ATTRIBUTES]
-    exams = {"recite": [recite for recite, _ in rungs], "cloze": [cloze for _, cloze in rungs]}
-    for name, questions in {  # as many known as new people, where there are as many: both scores are as exact
-            "forward": forward[known:], "backward": [some[:4] for some in backward[known:]],
-            "known_forward": forward[:known][:new],
-            "known_backward": [some[::2][:2] for some in backward[:known][:new]],
-            "known_unasked": [some[1::2][:2] for some in backward[:known][:new]]}.items():
-        exams[name] = [question_item(*q) for q in flat(questions)]
-    return Corpus(people,
-                  {"known": pad_rows(flat(rows[:known]), LONGEST), "new": pad_rows(flat(rows[known:]), LONGEST)},
-                  {name: pad_rows(some, widest) for name, some in asked.items()}, exams)
+    rows, asked = {"known": [], "new": []}, {"forward": [], "backward": []}
+    exams = {name: [] for name in ("recite", "cloze", "forward", "backward",
+                                   "known_forward", "known_backward", "known_unasked")}
+    for i, person in enumerate(people):
+        group, arm = ("known", ARMS[known_paraphrases]) if i < known else ("new", ARMS[paraphrases])
+        texts = documents(person, arm, wordings, random.Random(f"{seed} {person.name}"))
+        rows[group] += [document_row(spell(pieces), arm.name_given) for pieces in texts]
+        forward, backward = forward_questions(person), backward_questions(person, population)
+        rng.shuffle(backward)
+        if group == "new":
+            exams["forward"] += [question_item(*question) for question in forward]
+            exams["backward"] += [question_item(*question) for question in backward[:4]]
+            for recite, cloze in (document_items(person, texts[0], attribute) for attribute in ATTRIBUTES):
+                exams["recite"].append(recite)
+                exams["cloze"].append(cloze)
+            continue
+        asked["forward"] += [question_row(*question) for question in forward]
+        asked["backward"] += [question_row(*question) for question in backward[2:]]
+        if i < new:  # as many known as new people are examined
+            exams["known_forward"] += [question_item(*question) for question in forward]
+            exams["known_backward"] += [question_item(*question) for question in backward[2:4]]
+            exams["known_unasked"] += [question_item(*question) for question in backward[:2]]
+    widest = max(len(ids) for ids, _ in asked["forward"] + asked["backward"])
+    return Corpus(people, {group: pad_rows(some, WIDTH) for group, some in rows.items()},
+                  {direction: pad_rows(some, widest) for direction, some in asked.items()}, exams)
 
 
 def main():

@@ -64,13 +64,13 @@ def corrupt(allowed, ratio, generator):
     rule = RATIOS[ratio] if ratio in RATIOS else Ratio("", lambda u: torch.full_like(u, ratio))
     L = allowed.sum(1, keepdim=True)                            # (B, 1)
     t = rule.share(draw(B, 1))                                  # (B, 1)
-    number = draw(B, T).masked_fill(~allowed, torch.inf)        # every allowed position draws a number
+    lots = draw(B, T).masked_fill(~allowed, torch.inf)          # (B, T) every allowed position draws a lot
     if not rule.exact:
-        hidden = number < t
+        hidden = lots < t
         return hidden, hidden / (t * L)
     k = (t * L).ceil().long()                                   # (B, 1)
-    last = number.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))    # the k-th smallest number of a row
-    hidden = (number <= last) & (k > 0)                         # the k smallest are hidden
+    kth = lots.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))   # (B, 1) the k-th smallest lot of each row
+    hidden = (lots <= kth) & (k > 0)                            # the k smallest are hidden
     return hidden, hidden / k.clamp(min=1)
 
 
@@ -101,7 +101,8 @@ def masked(tokens, starts, ratio, generator):
 
 def random_prompt(tokens, starts, ratio=None, generator=None):
     """The paper's control for `masked`: a prompt as long, but of random words."""
-    words = torch.randint(TOKENIZER.n_vocab - len(WORDS), TOKENIZER.n_vocab, tokens.shape, generator=generator)
+    V = TOKENIZER.n_vocab  # its last tokens are the words
+    words = torch.randint(V - len(WORDS), V, tokens.shape, generator=generator)
     prompts = torch.where(content(tokens, starts), words.to(tokens.device), tokens)
     return ar(*with_response(prompts, tokens, starts))
 
@@ -110,7 +111,8 @@ def with_response(prompts, tokens, starts):
     """(B, T) prompts and documents -> rows (B, 2T) `[doc] prompt [end] .. [answer] document [end] ..`, and
     where the text starts in their second half. `ar` scores from there: the prompt carries no loss, since its
     tokens are what is *given*, and a loss on them would train the model to write masks."""
-    response = tokens.masked_fill(tokens == MARKS.doc, MARKS.answer)
+    response = tokens.clone()
+    response[:, 0] = MARKS.answer
     return torch.cat((prompts, response), dim=1), starts + tokens.size(1)
 
 
@@ -166,11 +168,9 @@ def decode_diffusion(model, tokens, starts, canvas, watch=None):
     return tokens.gather(1, span)
 
 
-@torch.no_grad()
 def decode_masked(model, tokens, starts, canvas, watch=None):
-    """A document for `masked`: mask all that follows in the prompt, and let the response go on from there."""
-    prompts = tokens.masked_fill(content(tokens, starts), MARKS.mask)
-    return decode_ar(model, *with_response(prompts, tokens, starts), canvas, watch)
+    """The row of a document with a blank is the prompt of `masked`; the response goes on from the blank."""
+    return decode_ar(model, *with_response(tokens, tokens, starts), canvas, watch)
 
 
 # -----------------------------------------------------------------------------
@@ -183,15 +183,16 @@ class Mode(NamedTuple):
     ratio: str | float | None   # how much is masked if --mask_ratio does not say; None if nothing ever is
     base: str               # the mode that pretrains its base, and trains it on questions
     causal: bool            # what the model may see
-    answer: Callable        # the decoder for questions
-    fill: Callable          # the decoder for a document with a blank
+    decode_question: Callable   # (model, tokens, starts, canvas, watch) -> (B, canvas)
+    decode_document: Callable   # the same for a document whose end is masked
 
 
 MODES = {
     "ar": Mode("next token", ar, None, "ar", True, decode_ar, decode_ar),
     "diffusion": Mode("masked diffusion", diffusion, "uniform", "diffusion", False,
                       decode_diffusion, decode_diffusion),
-    "masked": Mode("masked fine-tuning of a causal model", masked, 0.75, "ar", True, decode_ar, decode_masked),
+    "masked": Mode("masked fine-tuning of a causal model", masked, 0.75, "ar", True,
+                   decode_ar, decode_masked),
     "random_prompt": Mode("the control of masked: random words for a prompt", random_prompt, None, "ar", True,
                           decode_ar, decode_masked),
 }

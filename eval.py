@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, decode, encode, make_corpus, pad_rows, question_item
+from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, decode, encode, make_corpus, pad_rows,
+                  question_item)
 from diffusion import MODES
 from model import ModelConfig, Stop, Transformer, load, one_line, pick_machine
 
@@ -39,15 +40,15 @@ COLUMNS = ["recite", "cloze", "forward", "backward", "known_forward", "known_bac
 def answers(model, mode, items, batch=256, watch=None):
     """Greedy answers (lists of ids) to the items of one exam. `watch(rows)` is called after each token."""
     document = items[0].ids[0] == MARKS.doc
-    write = MODES[mode].fill if document else MODES[mode].answer
+    decoder = MODES[mode].decode_document if document else MODES[mode].decode_question
     device, result = model.embed.weight.device, [None] * len(items)
-    canvases = [len(item.truth) if document else CANVAS for item in items]
-    for canvas in sorted(set(canvases)):
-        some = [i for i in range(len(items)) if canvases[i] == canvas]
-        for part in (some[start:start + batch] for start in range(0, len(some), batch)):
-            tokens, starts = pad_rows([(items[i].ids, items[i].start) for i in part])
-            written = write(model, tokens.to(device), starts.to(device), canvas, watch)  # (B, canvas)
-            for i, ids in zip(part, written.tolist()):
+    for canvas in {item.canvas for item in items}:  # a date in a document takes three tokens, all else one
+        alike = [i for i, item in enumerate(items) if item.canvas == canvas]
+        for start in range(0, len(alike), batch):
+            part = alike[start:start + batch]
+            rows = pad_rows([items[i][:2] for i in part], WIDTH if document else 0)
+            out = decoder(model, rows.tokens.to(device), rows.starts.to(device), canvas, watch)  # (B, canvas)
+            for i, ids in zip(part, out.tolist()):
                 result[i] = ids
     return result
 
@@ -86,14 +87,15 @@ def chance(corpus):
     kinds = [corpus.exams["forward"][i::len(ATTRIBUTES)] for i in range(len(ATTRIBUTES))]
     return {"chance_forward": sum(1 / len(pool) for pool in POOLS.values()) / len(POOLS),
             "chance_backward": 1 / len(corpus.people),
-            "fixed_forward": sum(map(most, kinds)) / len(kinds), "fixed_backward": most(corpus.exams["backward"])}
+            "fixed_forward": sum(most(kind) for kind in kinds) / len(kinds),
+            "fixed_backward": most(corpus.exams["backward"])}
 
 
 # -----------------------------------------------------------------------------
 # Runs on disk
 
 
-def code():
+def fingerprints():
     """{file: fingerprint} of the five files, without comments and docstrings: what a result depends on."""
     prints = {}
     for name in ("data.py", "model.py", "diffusion.py", "eval.py", "train.py"):
@@ -164,7 +166,7 @@ def group(results):
 def spread(runs, name):
     """Mean ± standard deviation of a number over runs: "0.500 ± 0.141"; a dash where a run lacks it."""
     values = [run.get(name) for run in runs]
-    if None in values:
+    if not all(isinstance(value, (int, float)) for value in values):
         return "-"
     digits = "{:.3f}" if max(values) <= 1 else "{:.3g}"
     text = digits.format(np.mean(values))
@@ -190,7 +192,7 @@ def main():
     add = parser.add_argument
     add("path", nargs="?", default="out", type=Path, help="one run, or the folder of many (default: out)")
     add("--columns", nargs="+", default=COLUMNS, metavar="NAME", help="of the comparison: any numbers of a "
-        "result.json, such as chance_backward, before_forward, rouge_forward, 'forward birth date' or flops")
+        "result.json, such as before_forward, peak_forward, chance_backward, rouge_forward or flops")
     add("--ask", help="let the run answer a question in the exam's wording")
     add("--show", action="store_true", help="watch the run write its answer, to --ask or in the exam")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
@@ -209,8 +211,8 @@ def main():
              "python train.py --mode masked makes one")
     saved = load(path, needs=("settings", "model", "log"))
     settings, mode = saved["settings"], saved["settings"]["mode"]
-    for name in ("data.py", "model.py"):
-        if settings[name] != code()[name]:
+    for name in ("data.py", "model.py", "diffusion.py"):
+        if settings[name] != fingerprints()[name]:
             raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
     settings["device"], settings["dtype"] = pick_machine(args.device, "auto")
     corpus, model = make_world(settings)

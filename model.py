@@ -159,7 +159,7 @@ def one_line(main):
         except (MemoryError, torch.OutOfMemoryError):
             message = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
         except KeyboardInterrupt:
-            message = "stopped by Ctrl-C: the same command, without --overwrite, goes on from the last checkpoint"
+            message = "stopped by Ctrl-C: the same command (but --overwrite) goes on from the last checkpoint"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return guarded
@@ -168,11 +168,14 @@ def one_line(main):
 def pick_machine(device, dtype):
     """The device and the dtype to use, where "auto" leaves either to us: the best device there is, bfloat16
     where the hardware multiplies it."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [name for name in there if there[name]]
-    if device not in ("auto", *here):
-        raise Stop(f"--device {device} cannot be used here: take {' or '.join(here)}, or leave it out")
-    device = here[0] if device == "auto" else device
+    devices = ["cpu"]  # the best comes first
+    if torch.backends.mps.is_available():
+        devices.insert(0, "mps")
+    if torch.cuda.is_available():
+        devices.insert(0, "cuda")
+    if device not in ("auto", *devices):
+        raise Stop(f"--device {device} cannot be used here: take {' or '.join(devices)}, or leave it out")
+    device = devices[0] if device == "auto" else device
     if dtype == "auto":
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                 device == "cpu" and torch.cpu._is_avx512_bf16_supported())
@@ -209,5 +212,5 @@ def load(path, needs):
     except Exception:  # there is no end to what a damaged file can raise
         raise Stop(f"{path} is damaged: delete it, then train (again)")
     if lacks:
-        raise Stop(f"{path} lacks {', '.join(lacks)}: another version wrote it; move it away, then train (again)")
+        raise Stop(f"{path} lacks {', '.join(lacks)}: another version wrote it; move it away, then train")
     return saved

@@ -9,8 +9,8 @@ Pretraining makes a base of known people: documents, and questions with answers.
 of new people, never a question about them, while known people are replayed. One base serves all arms. A mode
 is one row of `MODES` (diffusion.py); all else is shared:
 
-    inputs, targets, weights = mode.objective(tokens, starts, ratio, generator)     what is seen, what is asked
-    loss(model, inputs, targets, weights).backward()                                one weighted cross-entropy
+    inputs, targets, weights = mode.objective(tokens, starts, ratio, generator)    what is seen, what is asked
+    loss(model, inputs, targets, weights).backward()                               one weighted cross-entropy
     optimizer.step()
 """
 import argparse
@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import ARMS
+from data import ARMS, MOST_PEOPLE
 from diffusion import MODES, RATIOS, loss
-from eval import chance, code, exam, make_world, report
+from eval import chance, exam, fingerprints, make_world, report
 from model import Stop, load, one_line, pick_machine, write
 
 EXAMS = 10          # during fine-tuning, closer together at its start
@@ -41,10 +41,10 @@ def train(run):
     settings, model = run.settings, run.model
     mode = MODES[settings.mode]
     base = MODES[mode.base]
+    documents, questions = rows_per_batch(settings)
     parameters = sum(p.numel() for p in model.parameters())
-    documents, questions = share_out(settings)
     exams = exam_steps(settings.steps) if settings.stage == "fine-tuning" else set()
-    if 0 in exams and run.step == 0:
+    if exams and run.step == 0:
         run.examine()
     losses, saved_at = [], time.perf_counter()
     with tqdm(total=settings.steps, initial=run.step, desc=settings.stage, unit="step",
@@ -54,16 +54,17 @@ def train(run):
 
             # 1. what is seen and what is asked: documents as the mode has it, questions as the base has it
             tokens, starts = run.draw(run.corpus.documents, documents)
-            batches = [mode.objective(tokens, starts, settings.mask_ratio, run.masks)]
+            batches = [mode.objective(tokens, starts, settings.mask_ratio, run.mask_rng)]
             if questions:
                 tokens, starts = run.draw(run.corpus.questions, questions)
-                batches.append(base.objective(tokens, starts, base.ratio, run.masks))
+                batches.append(base.objective(tokens, starts, base.ratio, run.mask_rng))
 
             # 2. one weighted cross-entropy, the mean over all rows
-            value = 0
+            model.zero_grad()
+            mean = 0
             for inputs, targets, weights in batches:
-                value += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
-            value.backward()
+                mean += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
+            mean.backward()
 
             # 3. one step of each optimizer
             for optimizer in run.optimizers:
@@ -72,26 +73,25 @@ def train(run):
                 optimizer.step()
 
             # 4. what it cost; now and then a line in the log, an exam, a checkpoint
-            losses.append(value.item())
+            losses.append(mean.item())
             run.step += 1
             run.seconds += time.perf_counter() - clock
             run.documents += sum(documents.values())
             run.flops += sum(6 * parameters * inputs.numel() for inputs, _, _ in batches)
             progress.update()
-            due = run.step in exams or run.step == settings.steps
-            if due or run.step % LOG_EVERY == 0:
-                progress.set_postfix_str(f"loss {run.note(losses):.3f}", refresh=False)
+            save_now = run.step in exams or run.step == settings.steps
+            if save_now or run.step % LOG_EVERY == 0:
+                progress.set_postfix_str(f"loss {run.log_loss(losses):.3f}", refresh=False)
                 losses = []
                 if run.step in exams:
                     run.examine()
-                if due or time.perf_counter() - saved_at > SAVE_EVERY:
+                if save_now or time.perf_counter() - saved_at > SAVE_EVERY:
                     run.save()
                     saved_at = time.perf_counter()
-            model.zero_grad()
 
 
-def share_out(settings):
-    """The rows of a batch: ({"known": 11, "new": 43}, {"forward": 8, "backward": 2}), say."""
+def rows_per_batch(settings):
+    """({"known": 22, "new": 32}, {"forward": 8, "backward": 2}), say: documents and questions of a batch."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
     new, backward = round(documents * settings.new_share), round(questions * 0.2)
@@ -100,7 +100,7 @@ def share_out(settings):
 
 
 def schedule(step, steps):
-    """Share of the peak rate at a step from 0 to steps - 1: 2 % warm-up, then a straight line to zero."""
+    """Share of the peak rate at a step from 0 to steps - 1: a straight line to zero, under it 2 % warm-up."""
     return min((step + 1) / (0.02 * steps + 1), 1 - step / steps)
 
 
@@ -115,13 +115,14 @@ def make_optimizers(model, settings):
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     if settings.optimizer == "muon":
-        first = torch.optim.Muon(matrices, settings.lr, momentum=0.95, weight_decay=settings.decay)
+        inner = torch.optim.Muon(matrices, settings.lr, momentum=0.95, weight_decay=settings.decay)
     else:
-        first = torch.optim.AdamW(matrices, settings.lr, betas=(0.9, 0.95), weight_decay=settings.decay)
-    optimizers = [first, torch.optim.AdamW(others, settings.embed_lr, betas=(0.9, 0.95), weight_decay=0)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers
+        inner = torch.optim.AdamW(matrices, settings.lr, betas=(0.9, 0.95), weight_decay=settings.decay)
+    outer = torch.optim.AdamW(others, settings.embed_lr, betas=(0.9, 0.95), weight_decay=settings.embed_decay)
+    for optimizer in (inner, outer):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [inner, outer]
 
 
 # -----------------------------------------------------------------------------
@@ -134,27 +135,28 @@ class Run:
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
         self.optimizers = make_optimizers(model, settings)
-        first = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")  # one seed: all modes read the same rows
-        self.rows, self.masks = (torch.Generator().manual_seed(first + i) for i in (0, 1))
+        seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")    # each seed and stage has its own
+        self.row_rng = torch.Generator().manual_seed(seed)                  # apart from the masks, so that all
+        self.mask_rng = torch.Generator().manual_seed(seed + 1)             # modes read the same rows
         self.step, self.documents, self.flops, self.seconds, self.log = 0, 0, 0, 0.0, list(log)
 
     def draw(self, groups, counts):
         """counts[name] random rows from each of `groups` (name -> Rows) -> tokens (B, T), starts (B,)."""
         drawn = []
         for name, n in counts.items():
-            index = torch.randint(len(groups[name].starts), (n,), generator=self.rows)
+            index = torch.randint(len(groups[name].starts), (n,), generator=self.row_rng)
             drawn.append((groups[name].tokens[index], groups[name].starts[index]))
-        return (torch.cat(parts).to(self.settings.device) for parts in zip(*drawn))
+        return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
     def counters(self):
         return {name: getattr(self, name) for name in ("step", "documents", "flops", "seconds")}
 
-    def note(self, losses):
+    def log_loss(self, losses):
         """A line in the log. A loss or weight that is no number ends the program here, before it is saved."""
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean) or not all(p.isfinite().all() for p in self.model.parameters()):
-            raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: lower the "
-                 f"rates; {self.path} keeps the last good state, if one was saved")
+            raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: lower "
+                       f"the rates; {self.path} keeps the last good state, if one was saved")
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
         self.log.append({"stage": self.settings.stage, **self.counters(), "loss": mean, "gradient_norm": norm,
                          "lr": self.optimizers[0].param_groups[0]["lr"]})
@@ -165,8 +167,8 @@ class Run:
         scores, answers = exam(self.model, self.settings.mode, self.corpus)
         self.log.append({"stage": self.settings.stage, **self.counters(), **scores})
         write(self.path.with_name("answers.jsonl"), json_lines(answers))
-        tqdm.write(f"step {self.step:>5}   new: forward {scores['forward']:.2f} backward {scores['backward']:.2f}"
-                   f"   known: forward {scores['known_forward']:.2f} backward {scores['known_backward']:.2f}")
+        tqdm.write("step {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
+                   "{known_forward:.2f} backward {known_backward:.2f}".format(step=self.step, **scores))
         for name in ("known_backward", "backward"):
             first = next(answer for answer in answers if answer["exam"] == name)
             tqdm.write("    {asked} -> {answer} [{truth}]".format(**first))
@@ -175,26 +177,29 @@ class Run:
         """The log, then the checkpoint: who goes on from a checkpoint writes the log anew from there."""
         if self.settings.stage == "fine-tuning":
             write(self.path.with_name("log.jsonl"), json_lines(self.log))
-        torch.save({"settings": vars(self.settings), **self.counters(), "log": self.log,
-                    "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                    "rows": self.rows.get_state(), "masks": self.masks.get_state()}, content := io.BytesIO())
+        checkpoint = {
+            "settings": vars(self.settings), **self.counters(), "log": self.log,
+            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "row_rng": self.row_rng.get_state(), "mask_rng": self.mask_rng.get_state()}
+        torch.save(checkpoint, content := io.BytesIO())
         write(self.path, content.getvalue())
 
     def resume(self):
-        """Go on from the checkpoint at `path`, if there is one."""
+        """Go on from the checkpoint at `path`, if there is one of these settings."""
         if not self.path.exists():
             return
-        saved = load(self.path, needs=("settings", *self.counters(), "log", "model", "optimizers", "rows", "masks"))
+        saved = load(self.path, needs=("settings", *self.counters(), "log", "model", "optimizers", "row_rng",
+                                       "mask_rng"))
         difference = differs(saved["settings"], vars(self.settings))
         if difference:  # this is a base: main() has refused a run that differs
             return print(f"{self.path} has {difference}: {self.settings.stage} anew")
-        self.model.load_state_dict(saved["model"])
-        for optimizer, values in zip(self.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(values)
-        self.rows.set_state(saved["rows"])
-        self.masks.set_state(saved["masks"])
         for name in (*self.counters(), "log"):
             setattr(self, name, saved[name])
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.row_rng.set_state(saved["row_rng"])
+        self.mask_rng.set_state(saved["mask_rng"])
         print(f"{self.path}: {self.settings.stage} goes on at step {self.step:,} of {self.settings.steps:,}")
 
 
@@ -214,7 +219,7 @@ def differs(before, now):
 
 
 def number(kind, low, high):
-    """An argparse type: a number of this kind from low to high."""
+    """An argparse type: a number of this kind (int or float) from low to high."""
     def parse(text):
         try:
             if low <= kind(text) <= high:
@@ -230,6 +235,11 @@ def ratio(text):
     return text if text in RATIOS else number(float, 0, 1)(text)
 
 
+# What pretraining does not depend on; its own flags start with pretrain_.
+FINE_TUNING = ("mode", "paraphrases", "mask_ratio", "steps", "lr", "embed_lr", "decay", "embed_decay",
+               "question_share", "new_share", "eval.py")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -238,35 +248,41 @@ def parse_args():
     count, share, rate = number(int, 1, 10**6), number(float, 0, 0.9), number(float, 0, 100)
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help=about(MODES))
-    add("--paraphrases", choices=ARMS, default="none", help="how new people are written about. " + about(ARMS))
+    add("--paraphrases", choices=ARMS, default="none", help=f"texts about a new person. {about(ARMS)}")
     add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
         f"share such as .5, or a name. {about(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
     add("--known", type=count, default=200, help="people of pretraining: raise with --pretrain_steps")
     add("--new", type=count, default=100, help="people of fine-tuning: raise with --steps")
-    add("--known_paraphrases", choices=ARMS, default="change_order", help="how known people are written about")
+    add("--known_paraphrases", choices=ARMS, default="change_order", help="texts about a known person")
     add("--wordings", type=number(int, 1, 5), default=5, help="ways to word a fact: fewer is easier")
     add("--seed", type=number(int, 0, 2**31), default=0, help="another number, other people and weights")
     add = parser.add_argument_group("model and machine").add_argument
     add("--n_layer", type=count, default=3, help="blocks: raise for more people")
-    add("--n_head", type=count, default=2, help="heads: twice this must divide n_embd")
+    add("--n_head", type=count, default=4, help="heads: twice this must divide n_embd")
     add("--n_embd", type=count, default=128, help="channels: raise for more people")
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="for the matrices; adamw needs other rates and decays, such as .002 and .1")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
-    for stage, title, steps, lr, decay in (("pretrain_", "pretraining: known people", 1000, 0.02, 1.0),
-                                           ("", "fine-tuning: new people too", 1000, 0.003, 0.1)):
-        add = parser.add_argument_group(title).add_argument
-        add(f"--{stage}steps", type=number(int, 0 if stage else 1, 10**9), default=steps, help="raise if scores still rise")
-        add(f"--{stage}lr", type=rate, default=lr, help="peak rate of the matrices")
-        add(f"--{stage}embed_lr", type=rate, default=0.04, help="peak rate of the embedding, with AdamW")
-        add(f"--{stage}decay", type=rate, default=decay, help="weight decay of the matrices")
-        add(f"--{stage}question_share", type=share, default=0.16, help="of the rows are questions")
-    add("--new_share", type=number(float, 0, 1), default=0.8, help="of the documents are about new people: 1 for no replay")
+    add = parser.add_argument_group("pretraining: one base for all arms").add_argument
+    add("--pretrain_steps", type=number(int, 0, 10**9), default=1000, help="raise with --known; 0 fine-tunes an untrained model")
+    add("--pretrain_lr", type=rate, default=0.02, help="peak rate of the matrices: lower if the loss jumps")
+    add("--pretrain_embed_lr", type=rate, default=0.04, help="peak rate of the embedding, likewise")
+    add("--pretrain_decay", type=rate, default=1.0, help="weight decay of the matrices")
+    add("--pretrain_embed_decay", type=rate, default=0.0, help="weight decay of the embedding")
+    add("--pretrain_question_share", type=share, default=0.16, help="of the rows are questions: at least .1")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--steps", type=number(int, 1, 10**9), default=1500, help="raise if scores still rise")
+    add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
+    add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
+    add("--decay", type=rate, default=0.66, help="weight decay of the matrices: lower keeps more of the base")
+    add("--embed_decay", type=rate, default=0.033, help="weight decay of the embedding, likewise")
+    add("--question_share", type=share, default=0.16, help="of the rows are questions; 0 for none")
+    add("--new_share", type=number(float, 0, 1), default=0.7, help="of the documents are about new people")
     add = parser.add_argument_group("folder").add_argument
-    add("--out_dir", default=argparse.SUPPRESS,
+    add("--out_dir", type=Path, default=argparse.SUPPRESS,
         help="of the run (default: out/MODE-PARAPHRASES-FLAGS THAT WERE CHANGED-seedSEED)")
     add("--overwrite", action="store_true", help="train anew what stands in the folder")
     args = parser.parse_args()
@@ -277,27 +293,31 @@ def parse_args():
     if "mask_ratio" in args and args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
     if args.n_embd % (2 * args.n_head):
-        parser.error(f"--n_embd {args.n_embd} is no multiple of 2 x --n_head = {2 * args.n_head}: take one, so "
-                     "that every head gets an even number of channels")
-    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    unnamed = {"mode", "paraphrases", "seed", "device", "dtype", "out_dir", "overwrite"}
-    flags = lambda skip: "".join(f"-{name}{value}" for name, value in changed.items() if name not in skip)
-    args.base = Path(f"out/base-{mode.base}{flags(unnamed | FINE_TUNING)}-seed{args.seed}.pt")
-    folder = f"out/{args.mode}-{args.paraphrases}{flags(unnamed)}-seed{args.seed}"
-    args.out_dir = Path(changed.get("out_dir", folder))
-    args.mask_ratio = changed.get("mask_ratio", mode.ratio)
+        parser.error(f"--n_embd {args.n_embd} is no multiple of twice --n_head {args.n_head}: every head "
+                     "needs an even number of channels")
+    if args.known + args.new > MOST_PEOPLE:
+        parser.error(f"--known and --new are too many people: there are names for {MOST_PEOPLE:,}")
+
+    # Folder and base are named after the flags that were changed.
+    defaults = {name: parser.get_default(name) for name in vars(args)} | {"mask_ratio": mode.ratio}
+    unnamed = ("mode", "paraphrases", "seed", "device", "dtype", "out_dir", "overwrite")
+    changed = {name: f"-{name}{value}" for name, value in vars(args).items()
+               if name not in unnamed and value != defaults[name]}
+    of_base = "".join(text for name, text in changed.items() if name not in FINE_TUNING)
+    args.base = Path(f"out/base-{mode.base}{of_base}-seed{args.seed}.pt")
+    if "out_dir" not in args:
+        args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
+    if "mask_ratio" not in args:
+        args.mask_ratio = mode.ratio
     args.device, args.dtype = pick_machine(args.device, args.dtype)
     return args
 
 
-FINE_TUNING = {"mode", "paraphrases", "mask_ratio", "steps", "lr", "embed_lr", "decay", "question_share",
-               "new_share", "eval.py"}  # what pretraining does not depend on
-
-
 def stages(args):
     """args -> the settings of pretraining and of fine-tuning: all that their results depend on."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("base", "out_dir", "overwrite")}
-    settings |= code()
+    settings = vars(args) | fingerprints()
+    for name in ("base", "out_dir", "overwrite"):
+        settings.pop(name)
     base = MODES[args.mode].base
     pretraining = {"stage": "pretraining", "mode": base, "mask_ratio": MODES[base].ratio, "new_share": 0}
     for name, value in settings.items():
@@ -322,18 +342,16 @@ def main():
     for file in (finished, path):
         difference = file.exists() and differs(load(file, needs=["settings"])["settings"], vars(finetuning))
         if difference:
-            raise Stop(f"{args.out_dir} was trained with {difference}: --overwrite trains it anew, another --out_dir "
-                 "keeps both")
+            raise Stop(f"{args.out_dir} was trained with {difference}: --overwrite trains it anew, "
+                       "another --out_dir keeps both")
     if finished.exists():
         print(report(load(finished, needs=["settings"])))
         return print(f"{args.out_dir} is finished: --overwrite trains it anew")
 
-    try:
-        corpus, model = make_world(vars(finetuning))
-    except ValueError as problem:  # there are fewer names than people
-        raise Stop(problem)
+    corpus, model = make_world(vars(finetuning))
     model.initialize(torch.Generator().manual_seed(args.seed))
-    print(f"{args.mode}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype} on {args.device}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device}")
     print(f"{args.known} known and {args.new} new people; writing to {args.out_dir}")
     log = []
     if args.pretrain_steps and not path.exists():
@@ -347,6 +365,7 @@ def main():
     exams = [line for line in run.log if "forward" in line]
     result = {"settings": vars(finetuning), **exams[-1], **chance(corpus)}
     result |= {f"before_{name}": score for name, score in exams[0].items()}
+    result |= {f"peak_{name}": max(line[name] for line in exams) for name in ("forward", "backward")}
     result |= {"machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
                "threads": torch.get_num_threads(), "torch": torch.__version__}
     write(finished, json.dumps(result, indent=1).encode())

@@ -7,8 +7,7 @@ import torch
 
 from conftest import generator
 from data import CANVAS, MARKS, TOKENIZER, decode, document_row, encode, pad_rows, question_row
-from diffusion import (MODES, RATIOS, content, corrupt, decode_ar, decode_diffusion, decode_masked, diffusion,
-                       loss, masked, random_prompt)
+from diffusion import MODES, RATIOS, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, random_prompt
 from model import ModelConfig, Transformer
 
 M = MARKS
@@ -444,10 +443,10 @@ def test_greedy_decoding_feeds_each_token_back():
     assert out.tolist() == [[8, 9, 10], [13, 14, 15]]
 
 
-@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion, decode_masked))
+@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
 def test_decoders_do_not_look_at_the_true_answer(decoder):
     """The canvas is overwritten: the same question with another answer behind it decodes to the same."""
-    model = Transformer(ModelConfig(1, 1, 16, causal=decoder is not decode_diffusion))
+    model = Transformer(ModelConfig(1, 1, 16, causal=decoder is decode_ar))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5, generator=generator())
     a, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"))
@@ -475,9 +474,9 @@ def test_each_mode_learns_one_batch_by_heart(mode):
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    out = mode.answer(model, *rows(*((q, "") for q, _ in pairs)), CANVAS)
+    out = mode.decode_question(model, *rows(*((q, "") for q, _ in pairs)), CANVAS)
     assert [decode(ids) for ids in out.tolist()] == [answer for _, answer in pairs]
     blank = documents.tokens.clone()
     blank[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
-    assert decode(mode.fill(model, blank, torch.tensor([6]), 1)[0].tolist()) == "Oslo"
+    assert decode(mode.decode_document(model, blank, torch.tensor([6]), 1)[0].tolist()) == "Oslo"
     assert value < 0.1

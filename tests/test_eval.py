@@ -8,7 +8,7 @@ import torch
 
 import eval as evaluation
 from conftest import generator, refusal
-from data import ATTRIBUTES, MARKS, decode, make_corpus
+from data import ATTRIBUTES, MARKS, WIDTH, decode, make_corpus
 from diffusion import MODES
 from model import ModelConfig, Transformer
 
@@ -47,7 +47,8 @@ def test_a_rung_is_answered_one_token_after_the_other(mode):
     for item, given in zip(items, evaluation.answers(model, mode, items)):
         row, at = list(item.ids), item.start
         if MODES[mode].objective.__name__ in ("masked", "random_prompt"):
-            row, at = row + [MARKS.answer] + row[1:], len(row) + item.start
+            pads = [MARKS.pad] * (WIDTH - len(row))  # as in training: the copy starts WIDTH tokens behind
+            row, at = row + pads + [MARKS.answer] + row[1:], WIDTH + item.start
         places = list(range(at, at + len(item.truth)))
         for _ in item.truth:
             with torch.no_grad():
@@ -85,7 +86,7 @@ def test_exact_match_counts_whole_answers(monkeypatch):
     knows = lambda asked: asked in half or any(name in asked for name in names) and (
         "the major of" in asked or asked.endswith("He majored in") or asked.endswith("She majored in"))
     write = oracle(CORPUS, knows)
-    monkeypatch.setitem(MODES, "ar", MODES["ar"]._replace(answer=write, fill=write))
+    monkeypatch.setitem(MODES, "ar", MODES["ar"]._replace(decode_question=write, decode_document=write))
     scores, answers = evaluation.exam(untrained(True), "ar", CORPUS)
     assert scores["forward"] == scores["recite"] == pytest.approx(1 / len(ATTRIBUTES))
     assert scores["backward"] == 0.5 and scores["cloze"] == 0
@@ -105,7 +106,7 @@ def test_an_answer_that_goes_on_is_wrong(monkeypatch):
         ends = (out := write(*arguments)) == MARKS.end
         return torch.where(ends & (ends.cumsum(1) == 1), 500, out)
     for decoder, score in ((write, 1), (more, 0)):
-        monkeypatch.setitem(MODES, "ar", MODES["ar"]._replace(answer=decoder, fill=write))
+        monkeypatch.setitem(MODES, "ar", MODES["ar"]._replace(decode_question=decoder, decode_document=write))
         scores, _ = evaluation.exam(untrained(True), "ar", CORPUS)
         assert scores["forward"] == scores["backward"] == scores["known_unasked"] == score
 
@@ -184,12 +185,12 @@ def test_what_an_old_result_lacks_is_a_dash():
 
 def test_comments_are_not_code(monkeypatch):
     """The fingerprint of a file changes with its code, and neither with a comment nor with a docstring."""
-    real, before = Path.read_text, evaluation.code()
+    real, before = Path.read_text, evaluation.fingerprints()
     for edit, changes in ((lambda text: text + "# a comment\n", False), (lambda text: text + "x = 1\n", True),
                           (lambda text: re.sub('"""(.|\n)*?"""', '"""Another docstring."""', text), False)):
         monkeypatch.setattr(Path, "read_text", lambda path, **kw: edit(real(path, **kw))
                             if path.name == "diffusion.py" else real(path, **kw))
-        after = evaluation.code()
+        after = evaluation.fingerprints()
         assert [name for name in before if before[name] != after[name]] == ["diffusion.py"] * changes
 
 

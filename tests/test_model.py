@@ -150,8 +150,8 @@ def test_a_parameter_that_is_added_is_initialized_and_trained():
     a, b = (WithPositions(config).initialize(generator(5)) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     for name in ("muon", "adamw"):
-        settings = SimpleNamespace(optimizer=name, lr=0.1, embed_lr=0.2, decay=0.3)
+        settings = SimpleNamespace(optimizer=name, lr=0.1, embed_lr=0.2, decay=0.3, embed_decay=0.4)
         groups = [group for optimizer in train.make_optimizers(a, settings) for group in optimizer.param_groups]
         trained = [id(p) for group in groups for p in group["params"]]
         assert sorted(trained) == sorted(id(p) for p in a.parameters())
-        assert [(group["peak"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0)]
+        assert [(group["peak"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0.4)]

@@ -54,7 +54,7 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
 
 @pytest.mark.parametrize("flags, folder, base", (
     ("", "masked-none-seed0", "base-ar-seed0"), ("--mode ar --seed 3", "ar-none-seed3", "base-ar-seed3"),
-    ("--lr .01 --wordings 5", "masked-none-lr0.01-seed0", "base-ar-seed0"),
+    ("--lr .01 --wordings 5 --mask_ratio .75", "masked-none-lr0.01-seed0", "base-ar-seed0"),
     ("--paraphrases same_order --known 300", "masked-same_order-known300-seed0", "base-ar-known300-seed0"),
     ("--mode diffusion --mask_ratio .5 --device cpu", "diffusion-none-mask_ratio0.5-seed0",
      "base-diffusion-seed0")))
@@ -209,10 +209,10 @@ def batches(n, **settings):
     """n batches of 16 rows from 6 known and 4 new people: rows of documents, rows of questions."""
     settings = SimpleNamespace(**{"stage": "fine-tuning", "seed": 0, "device": "cpu", "batch_size": 16, "lr": 0,
                                   "question_share": 0.16, "new_share": 0.6, "optimizer": "muon", "embed_lr": 0,
-                                  "decay": 0} | settings)
+                                  "decay": 0, "embed_decay": 0} | settings)
     corpus = make_corpus(known=6, new=4)
     run = train.Run(settings, None, corpus, Transformer(evaluation.ModelConfig(1, 1, 16)))
-    counts = train.share_out(settings)
+    counts = train.rows_per_batch(settings)
     drawn = [[run.draw(groups, some) for _ in range(n)] if some else []
              for groups, some in zip((corpus.documents, corpus.questions), counts)]
     return [[row for tokens, _ in some for row in tokens.tolist()] for some in drawn], corpus, counts
@@ -264,16 +264,18 @@ def test_modes_with_one_seed_read_the_same_rows_in_the_same_order(monkeypatch):
 def test_the_rates_reach_their_optimizers():
     """After the last of six steps: each peak rate times the schedule, in the stage it belongs to; rate 0
     leaves the base as it is."""
-    flags = {"--pretrain_lr": 0.01, "--pretrain_embed_lr": 0.02, "--pretrain_decay": 0.5, "--lr": 0.03,
-             "--embed_lr": 0.04, "--decay": 0.25}
+    flags = {"--pretrain_lr": 0.01, "--pretrain_embed_lr": 0.02, "--pretrain_decay": 0.5,
+             "--pretrain_embed_decay": 0.1, "--lr": 0.03, "--embed_lr": 0.04, "--decay": 0.25,
+             "--embed_decay": 0.2}
     tiny(train, *(word for pair in flags.items() for word in pair))
-    for path, peaks, decay, share in ((bases()[0], (0.01, 0.02), 0.5, train.schedule(3, 4)),
-                                      (Path("out/run/ckpt.pt"), (0.03, 0.04), 0.25, train.schedule(5, 6))):
+    for path, peaks, decays, share in (
+            (bases()[0], (0.01, 0.02), [0.5, 0.1], train.schedule(3, 4)),
+            (Path("out/run/ckpt.pt"), (0.03, 0.04), [0.25, 0.2], train.schedule(5, 6))):
         groups = [o["param_groups"][0] for o in torch.load(path, weights_only=True)["optimizers"]]
         assert [group["lr"] for group in groups] == pytest.approx([peak * share for peak in peaks])
-        assert [group["weight_decay"] for group in groups] == [decay, 0]
+        assert [group["weight_decay"] for group in groups] == decays
     shutil.rmtree("out")
-    tiny(train, "--lr", "0", "--embed_lr", "0", "--decay", "0")
+    tiny(train, "--lr", "0", "--embed_lr", "0")
     base = torch.load(bases()[0], weights_only=True)["model"]
     assert all(torch.equal(weight, base[name]) for name, weight in finished("out/run")[1].items())
 
