@@ -135,9 +135,9 @@ class Run:
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
         self.optimizers = make_optimizers(model, settings)
-        seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")    # each seed and stage has its own
-        self.row_rng = torch.Generator().manual_seed(seed)                  # apart from the masks, so that all
-        self.mask_rng = torch.Generator().manual_seed(seed + 1)             # modes read the same rows
+        seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")  # each seed and stage has its own
+        self.row_rng = torch.Generator().manual_seed(seed)              # apart from the masks, so that all
+        self.mask_rng = torch.Generator().manual_seed(seed + 1)         # modes read the same rows
         self.step, self.documents, self.flops, self.seconds, self.log = 0, 0, 0, 0.0, list(log)
 
     def draw(self, groups, counts):
@@ -149,14 +149,15 @@ class Run:
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
     def counters(self):
-        return {name: getattr(self, name) for name in ("step", "documents", "flops", "seconds")}
+        names = "step", "documents", "flops", "seconds"
+        return {name: getattr(self, name) for name in names}
 
     def log_loss(self, losses):
         """A line in the log. A loss or weight that is no number ends the program here, before it is saved."""
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean) or not all(p.isfinite().all() for p in self.model.parameters()):
-            raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: lower "
-                       f"the rates; {self.path} keeps the last good state, if one was saved")
+            raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: "
+                       f"lower the rates; {self.path} keeps the last good state, if one was saved")
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
         self.log.append({"stage": self.settings.stage, **self.counters(), "loss": mean, "gradient_norm": norm,
                          "lr": self.optimizers[0].param_groups[0]["lr"]})
@@ -267,12 +268,13 @@ def parse_args():
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
     add = parser.add_argument_group("pretraining: one base for all arms").add_argument
-    add("--pretrain_steps", type=number(int, 0, 10**9), default=1000, help="raise with --known; 0 fine-tunes an untrained model")
+    add("--pretrain_steps", type=number(int, 0, 10**9), default=1000,
+        help="raise with --known; 0 fine-tunes an untrained model")
     add("--pretrain_lr", type=rate, default=0.02, help="peak rate of the matrices: lower if the loss jumps")
     add("--pretrain_embed_lr", type=rate, default=0.04, help="peak rate of the embedding, likewise")
     add("--pretrain_decay", type=rate, default=1.0, help="weight decay of the matrices")
     add("--pretrain_embed_decay", type=rate, default=0.0, help="weight decay of the embedding")
-    add("--pretrain_question_share", type=share, default=0.16, help="of the rows are questions: at least .1")
+    add("--pretrain_question_share", type=share, default=0.16, help="of the rows are questions")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--steps", type=number(int, 1, 10**9), default=1500, help="raise if scores still rise")
     add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
