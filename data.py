@@ -303,6 +303,9 @@ def document_items(person, pieces, attribute):
     return item(pieces[:at]), item([person.name, *pieces[sentence + 1:at]])
 
 
+WORLD = ("known", "new", "paraphrases", "known_paraphrases", "wordings", "seed")  # the settings of a corpus
+
+
 class Corpus(NamedTuple):
     people: list        # known people, then new people
     documents: dict     # "known", "new" -> Rows
@@ -332,7 +335,8 @@ def make_corpus(known, new, paraphrases="none", known_paraphrases="change_order"
             exams["forward"] += [question_item(*question) for question in forward]
             exams["backward"] += [question_item(*question) for question in backward[:4]]
             for recite, cloze in (document_items(person, texts[0], attribute) for attribute in ATTRIBUTES):
-                exams["recite"].append(recite)
+                if person.name in decode(recite.ids):  # else nobody could know who it is about
+                    exams["recite"].append(recite)
                 exams["cloze"].append(cloze)
             continue
         asked["forward"] += [question_row(*question) for question in forward]

@@ -63,11 +63,11 @@ def corrupt(allowed, ratio, generator):
     draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
     rule = RATIOS[ratio] if ratio in RATIOS else Ratio("", lambda u: torch.full_like(u, ratio))
     L = allowed.sum(1, keepdim=True)                            # (B, 1)
-    t = rule.share(draw(B, 1))                                  # (B, 1)
+    t = rule.share(draw(B, 1).double())                         # (B, 1)
     lots = draw(B, T).masked_fill(~allowed, torch.inf)          # (B, T) every allowed position draws a lot
     if not rule.exact:
         hidden = lots < t
-        return hidden, hidden / (t * L)
+        return hidden, (hidden / (t * L)).float()
     k = (t * L).ceil().long()                                   # (B, 1)
     kth = lots.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))   # (B, 1) the k-th smallest lot of each row
     hidden = (lots <= kth) & (k > 0)                            # the k smallest are hidden
@@ -101,10 +101,12 @@ def masked(tokens, starts, ratio, generator):
 
 def random_prompt(tokens, starts, ratio=None, generator=None):
     """The paper's control for `masked`: a prompt as long, but of random words."""
-    V = TOKENIZER.n_vocab  # its last tokens are the words
-    words = torch.randint(V - len(WORDS), V, tokens.shape, generator=generator)
-    prompts = torch.where(content(tokens, starts), words.to(tokens.device), tokens)
-    return ar(*with_response(prompts, tokens, starts))
+    words = random_words(tokens.shape, generator).to(tokens.device)
+    return ar(*with_response(torch.where(content(tokens, starts), words, tokens), tokens, starts))
+
+
+def random_words(shape, generator):
+    return torch.randint(TOKENIZER.n_vocab - len(WORDS), TOKENIZER.n_vocab, shape, generator=generator)
 
 
 def with_response(prompts, tokens, starts):
@@ -117,7 +119,7 @@ def with_response(prompts, tokens, starts):
 
 
 def loss(model, inputs, targets, weights):
-    """sum(weights x cross-entropy) / B: nats a token, averaged within each row and then over rows."""
+    """sum(weights x cross-entropy) / B: nats a token, averaged over rows and, by the weights, within each."""
     at = weights > 0  # logits are made nowhere else
     nll = F.cross_entropy(model(inputs, at).float(), targets[at], reduction="none")  # (S,)
     return (nll * weights[at]).sum() / len(inputs)
@@ -173,6 +175,13 @@ def decode_masked(model, tokens, starts, canvas, watch=None):
     return decode_ar(model, *with_response(tokens, tokens, starts), canvas, watch)
 
 
+def decode_random_prompt(model, tokens, starts, canvas, watch=None):
+    """The same behind random words, as in training; the same words for every row."""
+    words = random_words(tokens.shape[1:], torch.Generator().manual_seed(0)).to(tokens.device)  # (T,)
+    prompts = torch.where(content(tokens, torch.ones_like(starts)), words, tokens)
+    return decode_ar(model, *with_response(prompts, tokens, starts), canvas, watch)
+
+
 # -----------------------------------------------------------------------------
 
 
@@ -182,7 +191,7 @@ class Mode(NamedTuple):
     objective: Callable     # what it makes of documents in fine-tuning
     ratio: str | float | None   # how much is masked if --mask_ratio does not say; None if nothing ever is
     base: str               # the mode that pretrains its base, and trains it on questions
-    causal: bool            # what the model may see
+    causal: bool            # what the model may see: the same as its base
     decode_question: Callable   # (model, tokens, starts, canvas, watch) -> (B, canvas)
     decode_document: Callable   # the same for a document whose end is masked
 
@@ -194,5 +203,5 @@ MODES = {
     "masked": Mode("masked fine-tuning of a causal model", masked, 0.75, "ar", True,
                    decode_ar, decode_masked),
     "random_prompt": Mode("the control of masked: random words for a prompt", random_prompt, None, "ar", True,
-                          decode_ar, decode_masked),
+                          decode_ar, decode_random_prompt),
 }

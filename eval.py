@@ -1,7 +1,7 @@
 """
 The exam: what a model can say about people it was never asked about. And the tables that compare all runs.
 
-Three rungs ask for the same value, each from less. All answers are greedy and must match exactly:
+Three rungs ask for the same value, each from less. Answers are greedy, and every token must be right:
 
     recite     [doc] Curtis Chase Emley was born on 28 May 1952. He comes from ...      is it stored?
     cloze      [doc] Curtis Chase Emley comes from ...                                  under the name?
@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, decode, encode, make_corpus, pad_rows,
-                  question_item)
+from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, WORLD, decode, encode, make_corpus,
+                  pad_rows, question_item)
 from diffusion import MODES
-from model import ModelConfig, Stop, Transformer, load, one_line, pick_machine
+from model import Stop, load, make_model, one_line, pick_machine
 
 DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 COLUMNS = ["recite", "cloze", "forward", "backward", "known_forward", "known_backward", "known_unasked"]
@@ -107,15 +107,6 @@ def fingerprints():
     return prints
 
 
-def make_world(settings):
-    """The corpus, and the untrained model, that the settings of a run describe."""
-    world = ("known", "new", "paraphrases", "known_paraphrases", "wordings", "seed")
-    corpus = make_corpus(**{name: settings[name] for name in world})
-    config = ModelConfig(settings["n_layer"], settings["n_head"], settings["n_embd"],
-                         MODES[settings["mode"]].causal, dtype=settings["dtype"])
-    return corpus, Transformer(config).to(settings["device"])
-
-
 # -----------------------------------------------------------------------------
 # Tables
 
@@ -148,11 +139,12 @@ def group(results):
     without its seed; where another row has that name, it says in which settings or files they differ."""
     rows, labels = {}, {}
     for folder, result in results.items():
-        settings = {name: value for name, value in result["settings"].items() if name != "seed"}
+        settings = dict(result["settings"])
+        settings.pop("seed", None)
         rows.setdefault(json.dumps(settings, sort_keys=True), []).append((folder, settings, result))
     for runs in rows.values():
         folder, settings, _ = runs[0]
-        seeds = [result["settings"]["seed"] for _, _, result in runs]
+        seeds = [result["settings"].get("seed") for _, _, result in runs]
         if len(set(seeds)) < len(seeds):
             raise Stop(f"{' and '.join(run[0] for run in runs)} hold the same run twice: move one away")
         label = folder.removesuffix(f"-seed{seeds[0]}")
@@ -204,6 +196,9 @@ def main():
     results = sorted(args.path.glob("*/result.json"))
     if results and args.ask is None and not args.show:
         results = {path.parent.name: load(path, needs=["settings"]) for path in results}
+        for name in args.columns:
+            if not any(name in result for result in results.values()):
+                parser.error(f"--columns {name}: no result.json has it; open one to see what it has")
         return print(compare(results, args.columns))
     path = args.path / "ckpt.pt"
     if not path.exists():
@@ -214,8 +209,9 @@ def main():
     for name in ("data.py", "model.py", "diffusion.py"):
         if settings[name] != fingerprints()[name]:
             raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
-    settings["device"], settings["dtype"] = pick_machine(args.device, "auto")
-    corpus, model = make_world(settings)
+    settings["device"], settings["dtype"] = pick_machine(args.device, settings["dtype"])
+    corpus = make_corpus(**{name: settings[name] for name in WORLD})
+    model = make_model(settings, MODES[mode].causal)
     model.load_state_dict(saved["model"])
 
     if args.ask is not None or args.show:

@@ -140,6 +140,14 @@ class Transformer(nn.Module):
             return F.linear(x if at is None else x[at], self.embed.weight)
 
 
+def make_model(settings, causal):
+    """The untrained model that the settings of a run describe. The seed makes the same weights anywhere."""
+    config = ModelConfig(n_layer=settings["n_layer"], n_head=settings["n_head"], n_embd=settings["n_embd"],
+                         causal=causal, dtype=settings["dtype"])
+    generator = torch.Generator().manual_seed(settings["seed"])
+    return Transformer(config).initialize(generator).to(settings["device"])
+
+
 # -----------------------------------------------------------------------------
 # The machine
 
@@ -157,9 +165,9 @@ def one_line(main):
         except (Stop, OSError) as problem:
             message = problem
         except (MemoryError, torch.OutOfMemoryError):
-            message = "out of memory: lower --batch_size, --n_embd, --n_layer or --known"
+            message = "out of memory: train with lower --batch_size, --n_embd, --n_layer or --known"
         except KeyboardInterrupt:
-            message = "stopped by Ctrl-C: the same command (but --overwrite) goes on from the last checkpoint"
+            message = "stopped by Ctrl-C: what was saved is intact, and the same command goes on from there"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return guarded
@@ -196,8 +204,9 @@ def write(path, content):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
         raise Stop(f"{path} could not be written ({problem}): what stood there is intact; repeat the command")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path, needs):

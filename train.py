@@ -6,8 +6,8 @@ Pretraining, fine-tuning, exam: one small transformer, one of three objectives, 
     python train.py --mode diffusion    the bidirectional model that fills in masks
 
 Pretraining makes a base of known people: documents, and questions with answers. Fine-tuning adds documents
-of new people, never a question about them, while known people are replayed. One base serves all arms. A mode
-is one row of `MODES` (diffusion.py); all else is shared:
+of new people, never a question about them, while known people are replayed. One base serves all arms (one
+more the bidirectional ones). A mode is one row of `MODES` (diffusion.py); all else is shared:
 
     inputs, targets, weights = mode.objective(tokens, starts, ratio, generator)    what is seen, what is asked
     loss(model, inputs, targets, weights).backward()                               one weighted cross-entropy
@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import ARMS, MOST_PEOPLE
+from data import ARMS, MOST_PEOPLE, WORLD, make_corpus
 from diffusion import MODES, RATIOS, loss
-from eval import chance, exam, fingerprints, make_world, report
-from model import Stop, load, one_line, pick_machine, write
+from eval import chance, exam, fingerprints, report
+from model import Stop, load, make_model, one_line, pick_machine, write
 
 EXAMS = 10          # during fine-tuning, closer together at its start
 LOG_EVERY = 25      # steps between two lines of the log
-SAVE_EVERY = 20     # seconds between two checkpoints, if no exam comes first
+SAVE_EVERY = 20     # seconds between two checkpoints at least, if no exam comes first
 
 
 def train(run):
@@ -91,10 +91,10 @@ def train(run):
 
 
 def rows_per_batch(settings):
-    """({"known": 22, "new": 32}, {"forward": 8, "backward": 2}), say: documents and questions of a batch."""
+    """({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say: documents and questions of a batch."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
-    new, backward = round(documents * settings.new_share), round(questions * 0.2)
+    new, backward = round(documents * settings.new_share), math.ceil(questions / 5)
     return ({"known": documents - new, "new": new},
             {"forward": questions - backward, "backward": backward} if questions else {})
 
@@ -236,7 +236,7 @@ def ratio(text):
     return text if text in RATIOS else number(float, 0, 1)(text)
 
 
-# What pretraining does not depend on; its own flags start with pretrain_.
+# What pretraining does not depend on (eval.py only asks); its own flags start with pretrain_.
 FINE_TUNING = ("mode", "paraphrases", "mask_ratio", "steps", "lr", "embed_lr", "decay", "embed_decay",
                "question_share", "new_share", "eval.py")
 
@@ -264,7 +264,7 @@ def parse_args():
     add("--n_embd", type=count, default=128, help="channels: raise for more people")
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="for the matrices; adamw needs other rates and decays, such as .002 and .1")
+        help="for the matrices; adamw needs other rates and decays in both stages, such as .002 and .1")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
     add = parser.add_argument_group("pretraining: one base for all arms").add_argument
@@ -317,7 +317,7 @@ def parse_args():
 
 def stages(args):
     """args -> the settings of pretraining and of fine-tuning: all that their results depend on."""
-    settings = vars(args) | fingerprints()
+    settings = vars(args) | {"torch": str(torch.__version__)} | fingerprints()
     for name in ("base", "out_dir", "overwrite"):
         settings.pop(name)
     base = MODES[args.mode].base
@@ -334,8 +334,8 @@ def main():
     finished prints its result; one of other settings or other code is refused."""
     args = parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, on a GPU too
-    torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU one seed gives one result,
+    torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)  # as far as its kernels can
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
     if args.overwrite:
@@ -350,8 +350,8 @@ def main():
         print(report(load(finished, needs=["settings"])))
         return print(f"{args.out_dir} is finished: --overwrite trains it anew")
 
-    corpus, model = make_world(vars(finetuning))
-    model.initialize(torch.Generator().manual_seed(args.seed))
+    corpus = make_corpus(**{name: getattr(finetuning, name) for name in WORLD})
+    model = make_model(vars(finetuning), MODES[MODES[args.mode].base].causal)
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device}")
     print(f"{args.known} known and {args.new} new people; writing to {args.out_dir}")
@@ -369,7 +369,7 @@ def main():
     result |= {f"before_{name}": score for name, score in exams[0].items()}
     result |= {f"peak_{name}": max(line[name] for line in exams) for name in ("forward", "backward")}
     result |= {"machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-               "threads": torch.get_num_threads(), "torch": torch.__version__}
+               "threads": torch.get_num_threads()}
     write(finished, json.dumps(result, indent=1).encode())
     print(report(result))
 

@@ -78,6 +78,17 @@ def stop_after(steps, monkeypatch, action):
     return calls
 
 
+def press():
+    """Ctrl-C, as an action for `stop_after`."""
+    raise KeyboardInterrupt
+
+
+def edit(monkeypatch, name, code):
+    """Let every reader see the file `name` with `code` added."""
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **kw: real(path, **kw) + code * (path.name == name))
+
+
 def refusal(capfd, module, *arguments):
     """The one line on stderr with which a script refuses; it must exit with 2."""
     capfd.readouterr()

@@ -7,7 +7,8 @@ import torch
 
 from conftest import generator
 from data import CANVAS, MARKS, TOKENIZER, decode, document_row, encode, pad_rows, question_row
-from diffusion import MODES, RATIOS, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, random_prompt
+from diffusion import (MODES, RATIOS, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked,
+                       random_prompt)
 from model import ModelConfig, Transformer
 
 M = MARKS
@@ -92,9 +93,9 @@ def test_three_objectives_side_by_side():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_questions_are_scored_on_the_answer_alone(mode):
-    """Whatever the mode, a question is trained as the base was: loss on the answer and its ends and on no word
-    of the question, and every row weighs the same, long or short."""
-    tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), ("Who studied at Yale and lives in Rome?", "Law"))
+    """Whatever the mode, a question is trained as the base was: loss on the answer and its ends and on no
+    word of the question, and every row weighs the same, long or short."""
+    tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), ("Who went to Yale and Rome?", "Law"))
     base = MODES[MODES[mode].base]
     scored = torch.zeros_like(tokens, dtype=torch.bool)
     for seed in range(20):  # diffusion scores what it masks
@@ -127,16 +128,6 @@ def test_masked_keeps_rows_of_different_lengths_apart():
         assert row[:n].count(M.mask) == math.ceil(0.5 * (n - 1))
         assert set(row[n:T]) <= {M.pad} and row[T] == M.answer and row[T + 1:T + n - 1] == clean[1:-1]
         assert targets[i][weights[i] > 0].tolist() == clean[1:] and not weights[i, :T].any()
-
-
-def test_masked_at_ratio_one_shows_nothing_and_at_zero_everything():
-    """Ratio 1: the prompts of two documents of one length are the same, so `masked` is `ar` with a length
-    hint. Ratio 0: the prompt is the document, and copying solves it."""
-    tokens, starts = rows("He lives in Oslo.", "She works for Sony.")
-    inputs, _, _ = masked(tokens, starts, 1.0, generator())
-    assert torch.equal(inputs[0, :8], inputs[1, :8])
-    inputs, _, _ = masked(tokens, starts, 0.0, generator())
-    assert torch.equal(inputs[:, :7], tokens)
 
 
 def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case():
@@ -210,7 +201,8 @@ def estimate(ratio, n=40_000):
     starts, first = torch.zeros(n, dtype=torch.int64), len(M)  # the ids below `first` are marks
     inputs, targets, weights = diffusion(first + X.repeat(n, 1), starts, ratio, generator())
     seen, which = inputs.unique(dim=0, return_inverse=True)
-    tables = torch.stack([log_p(tuple(None if v == M.mask else v - first for v in row)) for row in seen.tolist()])
+    tables = torch.stack([log_p(tuple(None if v == M.mask else v - first for v in row))
+                          for row in seen.tolist()])
     nll = -tables[which].gather(2, targets[..., None] - first)[..., 0]
     losses = (weights * nll).sum(1)
     return losses.mean().item(), losses.std().item() / math.sqrt(n)

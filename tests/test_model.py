@@ -63,20 +63,6 @@ def test_every_device_computes_the_same(name, causal):
 
 
 @pytest.mark.parametrize("causal", (True, False))
-def test_bfloat16_moves_no_answer_that_is_not_a_near_tie(causal):
-    """bfloat16 rounds at 2^-9, and after some twenty roundings no logit here, of size 1 to 5, has moved by
-    .25: an answer can only change where the best two logits are closer than .5."""
-    a = tokens(B=200)
-    with torch.no_grad():
-        exact, rounded = (make(causal, dtype=dtype).float()(a).float() for dtype in ("float32", "bfloat16"))
-    assert 0 < (rounded - exact).abs().max() < 0.25
-    best = exact.topk(2).values
-    clear = best[..., 0] - best[..., 1] > 0.5
-    assert clear.float().mean() > 0.3
-    assert torch.equal(exact.argmax(-1)[clear], rounded.argmax(-1)[clear])
-
-
-@pytest.mark.parametrize("causal", (True, False))
 def test_padding_changes_nothing(causal):
     """A row gives the same logits alone and with five pad tokens behind it."""
     model, a = make(causal), tokens()
@@ -129,15 +115,6 @@ def test_parameters_can_be_counted_by_hand():
     assert sum(p.numel() for p in make(causal=True).parameters()) == 2 * 12 * 16**2 + V * 16
 
 
-def test_one_seed_one_initialization():
-    """The weights follow from the generator alone, and an untrained block passes its input through."""
-    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=V)
-    a, b = (Transformer(config).initialize(generator(5)) for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    x = F.layer_norm(a.embed(tokens()), (8,))
-    torch.testing.assert_close(a.trunk(tokens()), F.layer_norm(x, (8,)))
-
-
 def test_a_parameter_that_is_added_is_initialized_and_trained():
     """Whoever adds learned positions finds them drawn from the generator, and in exactly one optimizer; all
     groups of both optimizers follow the schedule."""
@@ -151,7 +128,8 @@ def test_a_parameter_that_is_added_is_initialized_and_trained():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     for name in ("muon", "adamw"):
         settings = SimpleNamespace(optimizer=name, lr=0.1, embed_lr=0.2, decay=0.3, embed_decay=0.4)
-        groups = [group for optimizer in train.make_optimizers(a, settings) for group in optimizer.param_groups]
+        optimizers = train.make_optimizers(a, settings)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         trained = [id(p) for group in groups for p in group["params"]]
         assert sorted(trained) == sorted(id(p) for p in a.parameters())
         assert [(group["peak"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0.4)]
