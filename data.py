@@ -202,6 +202,7 @@ MARKS = Marks()
 PIECES = r" ?\w+|[^\w\s]|\s"  # a word with the space before it, a sign, a space
 NAME = 3                      # tokens of a name
 CANVAS = 4                    # tokens of every answer: up to three words, then ends
+WIDTH = 48                    # tokens of a document's row, whatever its arm: none is longer
 
 # All words that the generator can write, sorted: the vocabulary does not depend on the seed.
 WORDS = sorted(set(re.findall(r"\w+", " ".join([
@@ -248,22 +249,11 @@ def question_row(question, answer=""):
     return prompt + canvas + [MARKS.end] * (CANVAS - len(canvas)), len(prompt)
 
 
-def longest_document():
-    """Tokens of the longest document that could be written. All rows are as wide, so that the arm of new
-    people changes nothing about the rows of the known."""
-    total = len([MARKS.doc, MARKS.end]) + NAME - 1  # the name stands for one of the pronouns below
-    for attribute, pool in POOLS.items():
-        value = max(pool, key=lambda value: value.count(" "))
-        total += max(len(encode(f"He {wording.format(value)}.")) for wording in WORDINGS[attribute])
-    return total
-
-
-WIDTH = longest_document()
-
-
 def pad_rows(rows, width=0):
-    """[(ids, start)] -> Rows, at least `width` wide."""
-    width = max(width, *(len(ids) for ids, _ in rows))
+    """[(ids, start)] -> Rows, `width` wide or, if that is 0, as wide as the longest."""
+    longest = max(len(ids) for ids, _ in rows)
+    assert not width or longest <= width, f"a row has {longest} tokens: raise WIDTH"
+    width = width or longest
     tokens = torch.tensor([ids + [MARKS.pad] * (width - len(ids)) for ids, _ in rows], dtype=torch.int64)
     return Rows(tokens, torch.tensor([start for _, start in rows], dtype=torch.int64))
 

@@ -208,13 +208,17 @@ def test_the_generator_writes_only_words_it_has_tokens_for(corpus):
         assert {data.TOKENIZER.decode([i]) for i in used} <= {".", ",", "?"}
 
 
-def test_no_document_can_be_longer_than_the_width_of_the_rows():
-    """WIDTH is reached by the longest wording of every fact, and by nothing longer."""
+def test_no_document_is_longer_than_its_row():
+    """All rows of documents are WIDTH wide, so that the arm of new people changes nothing about the rows of
+    the known. The longest wording of every fact, by hand, fills a row; who adds a fact is told to raise it."""
     person = data.Person("Curtis Chase Emley", "She", {a: pool[-1] for a, pool in POOLS.items()})
     longest = {a: max(WORDINGS[a], key=lambda wording: len(encode(wording))) for a in ATTRIBUTES}
     text = " ".join(f"{person.name if i == 0 else 'She'} {longest[a].format(person.facts[a])}."
                     for i, a in enumerate(ATTRIBUTES))
-    assert len(data.document_row(text)[0]) == data.WIDTH
+    row = data.document_row(text)
+    assert len(row[0]) == data.WIDTH
+    with pytest.raises(AssertionError, match="raise WIDTH"):
+        data.pad_rows([row, data.document_row(text + " She lives in Rome.")], data.WIDTH)
 
 
 def test_every_answer_has_the_same_canvas(corpus):

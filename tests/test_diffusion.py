@@ -245,33 +245,6 @@ def test_the_papers_mask_ratio_is_not_the_elbo():
     assert abs(mean - expected_with_the_papers_ratio()) < 5 * error < abs(mean - negative_elbo())
 
 
-def test_the_elbo_bounds_the_likelihood():
-    """Jensen: a model that draws an order at random gives x the mean of the orders' probabilities, and the
-    ELBO is the mean of their logarithms. So -ELBO is at least -log p(x), for each of the 4^4 strings, and
-    more here."""
-    log_p = toy()
-    for x in itertools.product(range(4), repeat=L):
-        nlls = [order_nll(log_p, order, x) for order in itertools.permutations(range(L))]
-        assert L * negative_elbo(log_p, x) > -math.log(sum(math.exp(-n) for n in nlls) / len(nlls)) + 1e-9
-
-
-def test_the_elbo_is_the_likelihood_if_all_orders_agree():
-    """Conditionals that all come from one joint distribution give the same product in any order: equality."""
-    joint = torch.rand(4, 4, 4, 4, generator=generator(), dtype=torch.float64)
-    joint /= joint.sum()
-
-    def log_p(visible):
-        """The true conditionals: what is left of the joint, summed over all but one position."""
-        part = joint
-        for i, value in enumerate(visible):
-            if value is not None:
-                part = part.index_select(i, torch.tensor([value])).expand(4, 4, 4, 4) / 4
-        sums = torch.stack([part.sum([j for j in range(L) if j != i]) for i in range(L)])
-        return (sums / sums.sum(1, keepdim=True)).log()
-    for x in itertools.product(range(4), repeat=L):
-        assert L * negative_elbo(log_p, x) == pytest.approx(-joint[x].log().item(), abs=1e-12)
-
-
 def test_at_mask_ratio_one_the_best_loss_is_the_entropy_of_each_position():
     """Nothing is visible, so the best a model can do is the share of each token at each position: on six
     texts of three tokens the loss is then the mean of three entropies, and any other distribution does worse
@@ -327,60 +300,7 @@ def test_a_random_prompt_has_the_shape_of_masked_and_tells_nothing():
     assert prompt(a)[:, 1:].unique().numel() > 500
 
 
-def influence(model, inputs, position):
-    """(T,) how strongly the logits at one position of the first row depend on the token at each: the
-    gradient."""
-    kept = []
-
-    def keep(module, tokens, output):
-        output.retain_grad()
-        kept.append(output)
-    hook = model.embed.register_forward_hook(keep)
-    model(inputs)[0, position].square().sum().backward()
-    hook.remove()
-    return kept[0].grad[0].norm(dim=-1)
-
-
-def test_no_gradient_comes_from_the_future_or_from_a_fully_masked_document():
-    """`masked` at ratio 1: behind [answer] each output depends on every real token up to itself, on none
-    after it and on no padding between prompt and answer. All it can take from the prompt comes from masks,
-    which are the same for every document of that length."""
-    model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=16)).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3, generator=generator())
-    longer = "Curtis Chase Emley works for Sony."
-    inputs, _, _ = masked(*rows("He lives in Oslo.", longer), 1.0, generator())
-    other, _, _ = masked(*rows("She works for Sony.", longer), 1.0, generator())
-    start = inputs[0].tolist().index(M.answer)
-    assert torch.equal(inputs[:, :start + 1], other[:, :start + 1]) and not torch.equal(inputs, other)
-    real = inputs[0] != M.pad
-    assert not real[:start].all()
-    for position in range(start, int(real.nonzero()[-1]) + 1):
-        strength = influence(model, inputs, position)
-        assert torch.equal(strength > 0, real & (torch.arange(len(real)) <= position))
-
-
 # -- decoding ----------------------------------------------------------------
-
-
-def string_probability(log_p, x, per_step):
-    """p(x) when the most confident hidden positions are revealed `per_step` at a time, each drawn from its
-    own p."""
-    visible, p = [None] * L, 1.0
-    while None in visible:
-        table = log_p(tuple(visible)).exp()
-        hidden = sorted((i for i in range(L) if visible[i] is None), key=lambda i: -table[i].max())
-        for i in hidden[:per_step]:
-            p *= table[i, x[i]].item()
-            visible[i] = x[i]
-    return p
-
-
-def test_one_token_a_step_is_a_proper_autoregressive_model():
-    """The order depends only on what is revealed, so the probabilities of all 4^4 strings sum to one."""
-    log_p = toy()
-    total = sum(string_probability(log_p, x, per_step=1) for x in itertools.product(range(4), repeat=L))
-    assert total == pytest.approx(1, abs=1e-12)
 
 
 class Scripted:
