@@ -61,13 +61,16 @@ def corrupt(allowed, ratio, generator):
     """
     B, T = allowed.shape
     draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
-    rule = RATIOS[ratio] if ratio in RATIOS else Ratio("", lambda u: torch.full_like(u, ratio))
+    if ratio in RATIOS:
+        rule = RATIOS[ratio]
+    else:  # a hair less than the share, so that rounding never hides one token more
+        rule = Ratio("", lambda u: torch.full_like(u, max(ratio - 1e-6, 0)))
     L = allowed.sum(1, keepdim=True)                            # (B, 1)
-    t = rule.share(draw(B, 1).double())                         # (B, 1)
+    t = rule.share(draw(B, 1))                                  # (B, 1)
     lots = draw(B, T).masked_fill(~allowed, torch.inf)          # (B, T) every allowed position draws a lot
     if not rule.exact:
         hidden = lots < t
-        return hidden, (hidden / (t * L)).float()
+        return hidden, hidden / (t * L)
     k = (t * L).ceil().long()                                   # (B, 1)
     kth = lots.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))   # (B, 1) the k-th smallest lot of each row
     hidden = (lots <= kth) & (k > 0)                            # the k smallest are hidden

@@ -38,13 +38,14 @@ def test_uniform_masking_hides_every_number_of_tokens_equally_often():
     assert (hidden.double().mean(0) - 0.6).abs().max() < 5 * math.sqrt(0.6 * 0.4 / len(hidden))
 
 
-@pytest.mark.parametrize("t, k", [(0.0, 0), (0.01, 1), (0.5, 5), (0.75, 8), (1.0, 10)])
-def test_a_fixed_ratio_hides_its_share(t, k):
-    """ceil(t L) tokens of L = 10 in every row, so never none if t > 0: a row with nothing to learn is a
-    waste."""
-    hidden, weights = corrupt(torch.ones(7, 10, dtype=torch.bool), t, generator())
-    assert hidden.sum(1).tolist() == [k] * 7
-    assert weights.sum(1).tolist() == pytest.approx([float(k > 0)] * 7)
+def test_a_fixed_ratio_hides_its_share():
+    """ceil(t L) tokens in every row, for every length up to 48 and every share of two digits, by whole
+    numbers: so never none if t > 0, for a row with nothing to learn is a waste."""
+    allowed = torch.ones(48, 48, dtype=torch.bool).tril()  # a row of each length
+    for percent in range(101):
+        hidden, weights = corrupt(allowed, percent / 100, generator())
+        assert hidden.sum(1).tolist() == [-(-percent * length // 100) for length in range(1, 49)]
+        assert weights.sum(1).tolist() == pytest.approx([float(percent > 0)] * 48)
 
 
 def test_the_papers_ratio_is_a_coin_for_each_token():
