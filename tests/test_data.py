@@ -91,15 +91,15 @@ def test_only_two_arms_state_a_fact_before_the_name(arm):
 
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.texts > 1])
 def test_paraphrase_arms_change_order_only_where_they_say_so(arm):
-    """Five texts a person; the order of facts is fixed in `same_order` and any of the 6! in the other two.
-    With the name first, or in `name_anywhere` behind any number of the facts."""
+    """Five texts a person; the order of facts is fixed in `same_order` and any in the other two, each pair
+    of facts at its start. With the name first, or in `name_anywhere` behind any number of the facts."""
     rng = random.Random(0)
     person = data.make_people(1, rng)[0]
-    fives = [data.documents(person, ARMS[arm], 5, rng) for _ in range(2000)]
+    fives = [data.documents(person, ARMS[arm], 5, rng) for _ in range(500)]
     assert {len(five) for five in fives} == {5}
     written = [text for five in fives for text in five]
-    orders = {tuple(sorted(ATTRIBUTES, key=lambda a: text.index(person.facts[a]))) for text in written}
-    assert len(orders) == (1 if arm == "same_order" else math.factorial(len(ATTRIBUTES)))
+    first_two = {tuple(sorted(ATTRIBUTES, key=lambda a: text.index(person.facts[a]))[:2]) for text in written}
+    assert len(first_two) == (1 if arm == "same_order" else math.perm(len(ATTRIBUTES), 2))
     before_name = {text[:text.index(person.name)].count(".") for text in written}
     assert before_name == (set(range(len(ATTRIBUTES))) if arm == "name_anywhere" else {0})
 
