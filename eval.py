@@ -119,18 +119,18 @@ def bar(share, width=10):
 
 def report(scores):
     """The table at the end of a run: new people, rung by rung, then known people; before and after."""
-    lines = [f"{'exact match':<44}after              before   chance"]
+    lines = [f"{'exact match':<48}after              before   chance"]
     for label, name, chance_level in (
-            ("new people     recite their own document", "recite", "chance_forward"),
+            ("new people     recite: their own document", "recite", "chance_forward"),
             ("               cloze: the name, a fact's words", "cloze", "chance_forward"),
-            ("               question, forward", "forward", "chance_forward"),
-            ("               question, backward", "backward", "chance_backward"),
-            ("known people   question, forward", "known_forward", None),
-            ("               question, backward", "known_backward", None),
-            ("               the same, never asked", "known_unasked", None)):
+            ("               question, name -> attribute", "forward", "chance_forward"),
+            ("               question, attributes -> name", "backward", "chance_backward"),
+            ("known people   question, name -> attribute", "known_forward", None),
+            ("               question, attributes -> name", "known_backward", None),
+            ("               the same, never asked before", "known_unasked", None)):
         after, before = scores[name], scores[f"before_{name}"]
         by_chance = f"{scores[chance_level]:.2f}" if chance_level else ""
-        lines.append(f"{label:<44}{after:.2f} {bar(after)}    {before:.2f}     {by_chance}".rstrip())
+        lines.append(f"{label:<48}{after:.2f} {bar(after)}    {before:.2f}     {by_chance}".rstrip())
     return "\n".join(lines)
 
 
@@ -177,6 +177,24 @@ def compare(results, columns):
 # -----------------------------------------------------------------------------
 
 
+def reopen(folder, device):
+    """The run in a folder, from its checkpoint alone -> (the checkpoint, its corpus, its model)."""
+    path = folder / "ckpt.pt"
+    if not path.exists():
+        raise Stop(f"{path} is missing: name the folder of one run, or of finished runs to compare; "
+                   "python train.py --mode masked makes one")
+    saved = load(path, needs=("settings", "model", "log"))
+    settings, now = saved["settings"], fingerprints()
+    for name in ("data.py", "model.py", "diffusion.py"):
+        if settings[name] != now[name]:
+            raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
+    settings["device"], settings["dtype"] = pick_machine(device, settings["dtype"])
+    corpus = make_corpus(**{name: settings[name] for name in WORLD})
+    model = make_model(settings, MODES[settings["mode"]].causal)
+    model.load_state_dict(saved["model"])
+    return saved, corpus, model
+
+
 @one_line
 def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -200,33 +218,23 @@ def main():
             if not any(name in result for result in results.values()):
                 parser.error(f"--columns {name}: no result.json has it; open one to see what it has")
         return print(compare(results, args.columns))
-    path = args.path / "ckpt.pt"
-    if not path.exists():
-        raise Stop(f"{path} is missing: name the folder of one run, or of finished runs to compare; "
-             "python train.py --mode masked makes one")
-    saved = load(path, needs=("settings", "model", "log"))
-    settings, mode = saved["settings"], saved["settings"]["mode"]
-    for name in ("data.py", "model.py", "diffusion.py"):
-        if settings[name] != fingerprints()[name]:
-            raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
-    settings["device"], settings["dtype"] = pick_machine(args.device, settings["dtype"])
-    corpus = make_corpus(**{name: settings[name] for name in WORLD})
-    model = make_model(settings, MODES[mode].causal)
-    model.load_state_dict(saved["model"])
 
-    if args.ask is not None or args.show:
-        items = [question_item(args.ask, "")] if args.ask is not None else [
-            corpus.exams[direction][0] for direction in DIRECTIONS]
-        watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
-        for item in items:
-            if args.show:
-                print(decode(item.ids[1:item.start - 1]))
-            answer, = answers(model, mode, [item], watch=watch if args.show else None)
-            print(decode(answer))
-    else:
+    saved, corpus, model = reopen(args.path, args.device)
+    mode = saved["settings"]["mode"]
+    if args.ask is None and not args.show:
         before = next(line for line in saved["log"] if "forward" in line)
-        scores = exam(model, mode, corpus)[0] | {f"before_{name}": value for name, value in before.items()}
-        print(report(scores | chance(corpus)))
+        scores, _ = exam(model, mode, corpus)
+        scores |= {f"before_{name}": value for name, value in before.items()} | chance(corpus)
+        return print(report(scores))
+    items = [corpus.exams[direction][0] for direction in DIRECTIONS]
+    if args.ask is not None:
+        items = [question_item(args.ask, "")]
+    watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
+    for item in items:
+        if args.show:
+            print(decode(item.ids[1:item.start - 1]))
+        answer, = answers(model, mode, [item], watch=watch if args.show else None)
+        print(decode(answer))
 
 
 if __name__ == "__main__":
