@@ -210,7 +210,7 @@ def test_the_generator_writes_only_words_it_has_tokens_for(corpus):
 
 def test_no_document_is_longer_than_its_row():
     """All rows of documents are WIDTH wide, so that the arm of new people changes nothing about the rows of
-    the known. The longest wording of every fact, by hand, fills a row; who adds a fact is told to raise WIDTH.
+    the known. The longest wording of every fact, by hand, fills a row; more is told to raise WIDTH.
     """
     person = data.Person("Curtis Chase Emley", "She", {a: pool[-1] for a, pool in POOLS.items()})
     longest = {a: max(WORDINGS[a], key=lambda wording: len(encode(wording))) for a in ATTRIBUTES}
