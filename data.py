@@ -229,6 +229,12 @@ def decode(ids):
     return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
 
 
+def spelled(ids):
+    """Token ids one by one, as a teacher writes them: [mask], Curtis, a full stop; nothing for padding."""
+    marks = [""] + [f"[{mark}]" for mark in Marks._fields[1:]]
+    return [marks[i] if i < len(marks) else TOKENIZER.decode([i]).strip() for i in ids]
+
+
 class Rows(NamedTuple):
     """N rows of tokens. What stands before a row's start is given; the rest is to be learned."""
     tokens: torch.Tensor    # (N, T) int64, padded on the right
@@ -270,7 +276,7 @@ class Item(NamedTuple):
     canvas: int     # how many tokens the model writes
 
 
-def question_item(question, answer):
+def question_item(question, answer=""):
     """A question; its answer must be followed by an end."""
     return Item(*question_row(question), encode(answer) + [MARKS.end], CANVAS)
 
@@ -293,7 +299,7 @@ def document_items(person, pieces, attribute):
     return item(pieces[:at]), item([person.name, *pieces[sentence + 1:at]])
 
 
-WORLD = ("known", "new", "paraphrases", "known_paraphrases", "wordings", "seed")  # the settings of a corpus
+WORLD = ("known", "new", "paraphrases", "texts", "known_paraphrases", "wordings", "seed")  # its settings
 
 
 class Corpus(NamedTuple):
@@ -303,8 +309,9 @@ class Corpus(NamedTuple):
     exams: dict         # name -> [Item]
 
 
-def make_corpus(known, new, paraphrases="none", known_paraphrases="change_order", wordings=5, seed=0):
-    """Documents of `known` + `new` people, questions about the known, exams about both.
+def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5, seed=0):
+    """Documents of `known` + `new` people, questions about the known, exams about both. `texts`: how many
+    about a new person; 0 for as many as the arm has.
 
     How new people are written about changes nothing about the known, so one base serves all arms. Of a known
     person's backward questions two are kept from training, for the exam `known_unasked`.
@@ -312,29 +319,34 @@ def make_corpus(known, new, paraphrases="none", known_paraphrases="change_order"
     rng = random.Random(seed)
     people = make_people(known + new, rng)
     population = Counter(triple for person in people for triple in triples(person))
-    rows, asked = {"known": [], "new": []}, {"forward": [], "backward": []}
+    arms = {"known": ARMS[known_paraphrases], "new": ARMS[paraphrases]}
+    if texts:
+        arms["new"] = arms["new"]._replace(texts=texts)
+    rows = {"known": [], "new": []}
+    asked = {"forward": [], "backward": []}     # in training: (question, answer)
     exams = {name: [] for name in ("recite", "cloze", "forward", "backward",
                                    "known_forward", "known_backward", "known_unasked")}
     for i, person in enumerate(people):
-        group, arm = ("known", ARMS[known_paraphrases]) if i < known else ("new", ARMS[paraphrases])
-        texts = documents(person, arm, wordings, random.Random(f"{seed} {person.name}"))
-        rows[group] += [document_row(spell(pieces), arm.name_given) for pieces in texts]
+        group = "known" if i < known else "new"
+        written = documents(person, arms[group], wordings, random.Random(f"{seed} {person.name}"))
+        rows[group] += [document_row(spell(pieces), arms[group].name_given) for pieces in written]
         forward, backward = forward_questions(person), backward_questions(person, population)
         rng.shuffle(backward)
-        if group == "new":
-            exams["forward"] += [question_item(*question) for question in forward]
-            exams["backward"] += [question_item(*question) for question in backward[:4]]
-            for recite, cloze in (document_items(person, texts[0], attribute) for attribute in ATTRIBUTES):
+        if group == "known":
+            asked["forward"] += forward
+            asked["backward"] += backward[2:]
+            if i < new:  # as many known as new people are examined
+                exams["known_forward"] += [question_item(*pair) for pair in forward]
+                exams["known_backward"] += [question_item(*pair) for pair in backward[2:4]]
+                exams["known_unasked"] += [question_item(*pair) for pair in backward[:2]]
+        else:
+            exams["forward"] += [question_item(*pair) for pair in forward]
+            exams["backward"] += [question_item(*pair) for pair in backward[:4]]
+            for recite, cloze in (document_items(person, written[0], attribute) for attribute in ATTRIBUTES):
                 if person.name in decode(recite.ids):  # else nobody could know who it is about
                     exams["recite"].append(recite)
                 exams["cloze"].append(cloze)
-            continue
-        asked["forward"] += [question_row(*question) for question in forward]
-        asked["backward"] += [question_row(*question) for question in backward[2:]]
-        if i < new:  # as many known as new people are examined
-            exams["known_forward"] += [question_item(*question) for question in forward]
-            exams["known_backward"] += [question_item(*question) for question in backward[2:4]]
-            exams["known_unasked"] += [question_item(*question) for question in backward[:2]]
+    asked = {direction: [question_row(*pair) for pair in pairs] for direction, pairs in asked.items()}
     widest = max(len(ids) for ids, _ in asked["forward"] + asked["backward"])
     return Corpus(people, {group: pad_rows(some, WIDTH) for group, some in rows.items()},
                   {direction: pad_rows(some, widest) for direction, some in asked.items()}, exams)

@@ -1,32 +1,30 @@
 """
 Corruption, the objectives, the loss they share, and the decoders.
 
-An objective maps clean documents to (inputs, targets, weights). `Curtis studied Law [end]`, two tokens masked
-([end] can be too); `..` is padding up to the longest document, so that a response always starts T tokens
-behind its prompt:
+An objective maps clean documents to (inputs, targets, weights). With h the hidden tokens of a document x:
 
-    ar         inputs   [doc]  Curtis  studied Law            every next token, from what stands before it
-               targets  Curtis studied Law     [end]
-    diffusion  inputs   [doc]  [mask]  studied [mask] [end]   the masked tokens, from both sides
-               targets         Curtis          Law
-    masked     inputs   [doc] [mask] studied [mask] [end] .. [answer] Curtis  studied Law
-               targets                                       Curtis   studied Law     [end]
+    ar          -1/L sum_i          log p(x_i | x_<i)         every next token, from what stands before it
+    diffusion   -1/k sum_{i in h}   log p(x_i | x without h)  the k hidden tokens, from both sides
+    masked      -1/L sum_i          log p(x_i | x without h, x_<i)       `ar` behind a masked copy of the text
 
 `masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer.
-So a causal model too learns a fact from every direction: whatever was masked must be recalled from the rest.
+So a causal model too learns a fact from every direction: whatever was hidden must be recalled from the rest.
+`ar` itself never does: it learns p(name) and p(facts | name), and p(name | facts) is no part of its loss.
 `MODES`, at the end, is the one table of what differs between the modes.
 
+    python diffusion.py        draws what goes in and what is asked, token under token, in each mode
     python train.py --mode masked --mask_ratio uniform
 
 Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything
 before it is given. Randomness comes from `generator` alone.
 """
+from itertools import cycle, zip_longest
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import MARKS, TOKENIZER, WORDS
+from data import MARKS, TOKENIZER, WORDS, document_row, pad_rows, question_row, spelled
 
 # -----------------------------------------------------------------------------
 # Corruption
@@ -129,7 +127,7 @@ def loss(model, inputs, targets, weights):
 
 
 # -----------------------------------------------------------------------------
-# Decoders: rows (B, T) and where their blank starts -> the `canvas` tokens from there on, (B, canvas)
+# Decoders: rows (B, T) and the places (B, n) in them that are blank -> the tokens written there, (B, n)
 
 
 def logits_of_words(model, tokens, at):
@@ -140,49 +138,47 @@ def logits_of_words(model, tokens, at):
 
 
 @torch.no_grad()
-def decode_ar(model, tokens, starts, canvas, watch=None):
-    """Greedy: the most likely next token, `canvas` times. `watch(rows)` is called after each."""
-    span = starts[:, None] + torch.arange(canvas, device=tokens.device)  # (B, canvas)
-    for place in span.split(1, dim=1):  # (B, 1)
+def decode_ar(model, tokens, places, watch=None):
+    """Greedy, from left to right: the most likely next token. `watch(rows)` is called after each."""
+    for place in places.split(1, dim=1):  # (B, 1)
         at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, place - 1, True)
         best = logits_of_words(model, tokens, at).argmax(-1, keepdim=True)  # (B, 1)
         tokens = tokens.scatter(1, place, best)
         if watch:
             watch(tokens)
-    return tokens.gather(1, span)
+    return tokens.gather(1, places)
 
 
 @torch.no_grad()
-def decode_diffusion(model, tokens, starts, canvas, watch=None):
-    """Fill a canvas of masks one token a step, the most confident one first; what is written stays.
+def decode_diffusion(model, tokens, places, watch=None):
+    """Mask the places, then fill them one a step, the most confident one first; what is written stays.
 
     One token a step, in an order that depends only on what is revealed, is a proper autoregressive model; two
     a step would be drawn as if they were independent. `watch(rows)` is called after each.
     """
-    span = starts[:, None] + torch.arange(canvas, device=tokens.device)  # (B, canvas)
-    tokens = tokens.scatter(1, span, MARKS.mask)
-    at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, span, True)
-    for _ in range(canvas):
-        logits = logits_of_words(model, tokens, at).view(len(tokens), canvas, -1)
-        confidence, best = logits.log_softmax(-1).max(-1)  # (B, canvas)
-        written = tokens.gather(1, span) != MARKS.mask
+    tokens = tokens.scatter(1, places, MARKS.mask)
+    at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, True)
+    for _ in range(places.size(1)):
+        logits = logits_of_words(model, tokens, at).view(*places.shape, -1)
+        confidence, best = logits.log_softmax(-1).max(-1)  # (B, n)
+        written = tokens.gather(1, places) != MARKS.mask
         choice = confidence.masked_fill(written, -torch.inf).argmax(1, keepdim=True)  # (B, 1)
-        tokens = tokens.scatter(1, span.gather(1, choice), best.gather(1, choice))
+        tokens = tokens.scatter(1, places.gather(1, choice), best.gather(1, choice))
         if watch:
             watch(tokens)
-    return tokens.gather(1, span)
+    return tokens.gather(1, places)
 
 
-def decode_masked(model, tokens, starts, canvas, watch=None):
-    """The row of a document with a blank is the prompt of `masked`; the response goes on from the blank."""
-    return decode_ar(model, *with_response(tokens, tokens, starts), canvas, watch)
+def decode_masked(model, tokens, places, watch=None):
+    """The row of a document with blanks is the prompt of `masked`; the blanks of the response are filled."""
+    return decode_ar(model, *with_response(tokens, tokens, places), watch)
 
 
-def decode_random_prompt(model, tokens, starts, canvas, watch=None):
+def decode_random_prompt(model, tokens, places, watch=None):
     """The same behind random words, as in training; the same words for every row."""
     words = random_words(tokens.shape[1:], torch.Generator().manual_seed(0)).to(tokens.device)  # (T,)
-    prompts = torch.where(content(tokens, torch.ones_like(starts)), words, tokens)
-    return decode_ar(model, *with_response(prompts, tokens, starts), canvas, watch)
+    text = content(tokens, torch.ones_like(places[:, 0]))
+    return decode_ar(model, *with_response(torch.where(text, words, tokens), tokens, places), watch)
 
 
 # -----------------------------------------------------------------------------
@@ -195,8 +191,8 @@ class Mode(NamedTuple):
     ratio: str | float | None   # how much is masked if --mask_ratio does not say; None if nothing ever is
     base: str               # the mode that pretrains its base, and trains it on questions
     causal: bool            # what the model may see: the same as its base
-    decode_question: Callable   # (model, tokens, starts, canvas, watch) -> (B, canvas)
-    decode_document: Callable   # the same for a document whose end is masked
+    decode_question: Callable   # (model, tokens, places, watch) -> the tokens at the places
+    decode_document: Callable   # the same for a document with blanks
 
 
 MODES = {
@@ -208,3 +204,39 @@ MODES = {
     "random_prompt": Mode("the control of masked: random words for a prompt", random_prompt, None, "ar", True,
                           decode_ar, decode_random_prompt),
 }
+
+
+# -----------------------------------------------------------------------------
+
+
+def picture(objective, tokens, starts, ratio, generator):
+    """Lines of text: what an objective makes of one row (1, T), and under each token what it is asked there.
+    `masked` doubles the row: then the response stands under its prompt, token under token."""
+    inputs, targets, weights = (x[0].tolist() for x in objective(tokens, starts, ratio, generator))
+    asked = [word if weight else "" for word, weight in zip(spelled(targets), weights)]
+    T, lines = tokens.size(1), []
+    for start in range(0, len(inputs), T):
+        lines += [spelled(inputs[start:start + T]), asked[start:start + T]]
+    widths = [max(map(len, words)) for words in zip_longest(*lines, fillvalue="")]
+    return [f"    {name:<7}" + " ".join(map(str.ljust, words, widths)).rstrip()
+            for name, words in zip(cycle(("in", "asked")), lines) if any(words)]
+
+
+def main():
+    rows = {"document": pad_rows([document_row("Curtis Chase Emley comes from Elkton.")]),
+            "question": pad_rows([question_row("Who comes from Elkton?", "Curtis Chase Emley")])}
+    for name, mode in MODES.items():
+        base = MODES[mode.base]
+        print(f"--mode {name}: {mode.about}")
+        for kind, (objective, ratio) in {"document": (mode.objective, mode.ratio),
+                                         "question": (base.objective, base.ratio)}.items():
+            print(f"  a {kind}", *picture(objective, *rows[kind], ratio, torch.Generator().manual_seed(3)),
+                  sep="\n")
+        print("  what the first four positions see", sep="\n")
+        for i in range(4):
+            print("    " + "■ " * (i + 1 if mode.causal else 4))
+        print()
+
+
+if __name__ == "__main__":
+    main()

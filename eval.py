@@ -1,5 +1,5 @@
 """
-The exam: what a model can say about people it was never asked about. And the tables that compare all runs.
+The exam: what a model can say about people it was never asked about. And ways to look at a run.
 
 Three rungs ask for the same value, each from less. Answers are greedy, and every token must be right:
 
@@ -9,26 +9,31 @@ Three rungs ask for the same value, each from less. Answers are greedy, and ever
 
 The question is asked in two directions, forward (above) and backward (facts -> name).
 
-    python eval.py                     compare all finished runs under out/
-    python eval.py --columns rouge_forward chance_forward documents flops      in other numbers
-    python eval.py out/RUN             examine a run again, from its checkpoint alone
+    python eval.py                          compare all finished runs under out/
+    python eval.py --columns rouge_forward documents flops           in other numbers
+    python eval.py --plot curves.svg        draw their scores over fine-tuning
+    python eval.py out/RUN --show           watch it write a biography, and an answer, token by token
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
-    python eval.py out/RUN --show      watch it write its answers: a diffusion model fills masks in any order
+    python eval.py out/RUN --ask "[mask] [mask] [mask] comes from Elkton. He went to Reed."
 """
 import argparse
 import ast
 import hashlib
 import json
+import re
 import sys
+import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, WORLD, decode, encode, make_corpus,
-                  pad_rows, question_item)
-from diffusion import MODES
-from model import Stop, load, make_model, one_line, pick_machine
+from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, WORLD, decode, make_corpus,
+                  pad_rows, question_row, spelled)
+from diffusion import MODES, decode_ar
+from model import Stop, load, make_model, one_line, pick_machine, write
 
 DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 COLUMNS = ["recite", "cloze", "forward", "backward", "known_forward", "known_backward", "known_unasked"]
@@ -37,8 +42,8 @@ COLUMNS = ["recite", "cloze", "forward", "backward", "known_forward", "known_bac
 # The exam
 
 
-def answers(model, mode, items, batch=256, watch=None):
-    """Greedy answers (lists of ids) to the items of one exam. `watch(rows)` is called after each token."""
+def answers(model, mode, items, batch=256):
+    """Greedy answers (lists of ids) to the items of one exam."""
     document = items[0].ids[0] == MARKS.doc
     decoder = MODES[mode].decode_document if document else MODES[mode].decode_question
     device, result = model.embed.weight.device, [None] * len(items)
@@ -47,7 +52,8 @@ def answers(model, mode, items, batch=256, watch=None):
         for start in range(0, len(alike), batch):
             part = alike[start:start + batch]
             rows = pad_rows([items[i][:2] for i in part], WIDTH if document else 0)
-            out = decoder(model, rows.tokens.to(device), rows.starts.to(device), canvas, watch)  # (B, canvas)
+            places = rows.starts[:, None] + torch.arange(canvas)  # (B, canvas)
+            out = decoder(model, rows.tokens.to(device), places.to(device))  # (B, canvas)
             for i, ids in zip(part, out.tolist()):
                 result[i] = ids
     return result
@@ -92,7 +98,7 @@ def chance(corpus):
 
 
 # -----------------------------------------------------------------------------
-# Runs on disk
+# Which runs may be compared?
 
 
 def fingerprints():
@@ -107,8 +113,32 @@ def fingerprints():
     return prints
 
 
+def differs(before, now):
+    """The first setting that is not the same, as text: "lr = 0.01, not 0.02"; None if there is none."""
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            return f"{name} = {before.get(name)}, not {now.get(name)}"
+
+
+def group(results):
+    """{label: runs that differ in nothing but the seed} from {folder: result}. The label is the first folder's
+    name; where another row has that name, it says in what the two differ."""
+    rows = {}  # label -> (settings, {seed: result}), so that a copy of a run is no second seed
+    for folder, result in results.items():
+        settings = dict(result["settings"])
+        seed = settings.pop("seed", 0)
+        label = folder.removesuffix(f"-seed{seed}")
+        alike = [name for name, (others, _) in rows.items() if others == settings]
+        if alike:
+            label = alike[0]
+        elif label in rows:
+            label = f"{folder} ({differs(settings, rows[label][0])})"
+        rows.setdefault(label, (settings, {}))[1][seed] = result
+    return {label: list(runs.values()) for label, (_, runs) in rows.items()}
+
+
 # -----------------------------------------------------------------------------
-# Tables
+# Tables and curves
 
 
 def bar(share, width=10):
@@ -134,27 +164,6 @@ def report(scores):
     return "\n".join(lines)
 
 
-def group(results):
-    """{label: runs that differ in the seed alone} from {folder: result}. The label is the first folder's name
-    without its seed; where another row has that name, it says in which settings or files they differ."""
-    rows, labels = {}, {}
-    for folder, result in results.items():
-        settings = dict(result["settings"])
-        settings.pop("seed", None)
-        rows.setdefault(json.dumps(settings, sort_keys=True), []).append((folder, settings, result))
-    for runs in rows.values():
-        folder, settings, _ = runs[0]
-        seeds = [result["settings"].get("seed") for _, _, result in runs]
-        if len(set(seeds)) < len(seeds):
-            raise Stop(f"{' and '.join(run[0] for run in runs)} hold the same run twice: move one away")
-        label = folder.removesuffix(f"-seed{seeds[0]}")
-        if label in labels:
-            other = labels[label][0]["settings"]
-            label = f"{folder} (other {', '.join(k for k in settings if settings[k] != other.get(k))})"
-        labels[label] = [result for _, _, result in runs]
-    return labels
-
-
 def spread(runs, name):
     """Mean ± standard deviation of a number over runs: "0.500 ± 0.141"; a dash where a run lacks it."""
     values = [run.get(name) for run in runs]
@@ -174,16 +183,54 @@ def compare(results, columns):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def plot(results):
+    """One SVG: forward and backward of new people over fine-tuning, a line a setting, a band of one standard
+    deviation over its seeds. Dark and light pages, print and the colour-blind were thought of (colours: Okabe
+    and Ito 2008)."""
+    colours = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+    most = max(result["curve"]["step"][-1] for result in results.values())
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 330" font-family="sans-serif" '
+             'font-size="13"><rect width="900" height="330" fill="white"/>']
+    for panel, direction in enumerate(DIRECTIONS):
+        left, width, bottom, height = 50 + 450 * panel, 250, 285, 230
+        title = ("name → attribute", "attributes → name")[panel]
+        parts.append(f'<text x="{left}" y="25" font-weight="bold">{direction}: {title}</text>')
+        for share in (0, 0.5, 1):
+            y = bottom - share * height
+            parts.append(f'<path d="M{left} {y}h{width}" stroke="#ccc"/>'
+                         f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{share:g}</text>')
+        ends = []
+        for (label, runs), colour in zip(group(results).items(), colours * len(results)):
+            scores = np.array([run["curve"][direction] for run in runs])  # (seeds, exams)
+            steps = np.array(runs[0]["curve"]["step"])
+            x = left + width * steps / most
+            mean = scores.mean(0)
+            error = scores.std(0, ddof=1) if len(scores) > 1 else 0 * mean
+            line = lambda xs, share: " ".join(f"{a:.0f},{bottom - height * b:.1f}" for a, b in zip(xs, share))
+            band = line(x, mean + error) + " " + line(x[::-1], (mean - error)[::-1])
+            parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/>'
+                         f'<polyline points="{line(x, mean)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            ends.append((bottom - height * mean[-1], label, colour))
+        y = bottom + 14
+        for end, label, colour in sorted(ends, reverse=True):  # from below: no label covers another
+            y = min(end + 4, y - 14)
+            parts.append(f'<text x="{left + width + 6}" y="{y:.0f}" fill="{colour}">{label}</text>')
+        parts.append(f'<text x="{left + width / 2}" y="315" text-anchor="middle">fine-tuning steps: 0 to '
+                     f'{most:,}</text>')
+    return "\n".join(parts) + "\n</svg>\n"
+
+
 # -----------------------------------------------------------------------------
+# Ask a run, and watch it
 
 
 def reopen(folder, device):
-    """The run in a folder, from its checkpoint alone -> (the checkpoint, its corpus, its model)."""
+    """The run in a folder, from its checkpoint alone -> (its mode, its corpus, its model)."""
     path = folder / "ckpt.pt"
     if not path.exists():
         raise Stop(f"{path} is missing: name the folder of one run, or of finished runs to compare; "
                    "python train.py --mode masked makes one")
-    saved = load(path, needs=("settings", "model", "log"))
+    saved = load(path, needs=("settings", "model"))
     settings, now = saved["settings"], fingerprints()
     for name in ("data.py", "model.py", "diffusion.py"):
         if settings[name] != now[name]:
@@ -192,49 +239,103 @@ def reopen(folder, device):
     corpus = make_corpus(**{name: settings[name] for name in WORLD})
     model = make_model(settings, MODES[settings["mode"]].causal)
     model.load_state_dict(saved["model"])
-    return saved, corpus, model
+    return MODES[settings["mode"]], corpus, model
+
+
+def row_to_fill(text):
+    """The row of ids that --ask stands for: a document whose [mask]s are blanks, or a question and its canvas."""
+    unknown = sorted(set(re.findall(r"\w+", text.replace("[mask]", ""))) - set(WORDS))
+    if unknown:
+        raise Stop(f"--ask: {unknown[0]!r} is no word of this world; python data.py prints some that are")
+    if not text.strip():
+        raise Stop("--ask: a question, or a text with [mask] where words are missing")
+    text = text.strip()
+    first, *others = re.split(r"\s*\[mask\]", " " + text)
+    if others:
+        ids = [MARKS.doc, *TOKENIZER.encode_ordinary(first)]
+        for part in others:
+            ids += [MARKS.mask, *TOKENIZER.encode_ordinary(part)]
+        ids.append(MARKS.end)
+    else:
+        ids = question_row(text)[0][:-CANVAS] + [MARKS.mask] * CANVAS
+    if len(ids) > WIDTH:
+        raise Stop(f"--ask: {len(ids)} words, signs and blanks are too many: a row has {WIDTH}")
+    return ids
+
+
+def fill(model, mode, ids):
+    """Let a run fill the [mask]s of a row -> the rows on its way there, the first one with all its blanks."""
+    document = ids[0] == MARKS.doc
+    decoder = mode.decode_document if document else mode.decode_question
+    tokens = pad_rows([(ids, 1)], WIDTH if document else 0).tokens.to(model.embed.weight.device)
+    places = (tokens == MARKS.mask).nonzero()[:, 1][None]  # (1, n)
+    rows = [ids]
+    start = -tokens.size(1)  # `masked` decodes behind a prompt: its last T tokens are the row
+    decoder(model, tokens, places, lambda now: rows.append(ids[:1] + now[0, start:].tolist()[1:len(ids)]))
+    return rows
+
+
+def play(rows):
+    """Show rows one after the other, the newest token standing out: in place on a terminal, else as lines."""
+    terminal = sys.stdout.isatty()
+    for before, row in zip(rows, rows[1:]):
+        words = [word.replace("[mask]", "___") for word in spelled(row)]
+        newest = next(i for i in range(1, len(row)) if row[i] != before[i])
+        words[newest] = f"\x1b[7m{words[newest]}\x1b[0m" if terminal else f">{words[newest]}<"
+        lines = textwrap.wrap(re.sub(r" ([.,?])", r"\1", " ".join(words)), 100)
+        print("\n".join(lines))
+        if terminal and row is not rows[-1]:
+            time.sleep(0.15)
+            print(f"\x1b[{len(lines)}F\x1b[J", end="")  # up again, and wipe
 
 
 @one_line
 def main():
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     description="Compare runs, examine one again, ask it, or watch it.")
+                                     description="Compare runs, draw them, ask one, or watch it.")
     add = parser.add_argument
     add("path", nargs="?", default="out", type=Path, help="one run, or the folder of many (default: out)")
     add("--columns", nargs="+", default=COLUMNS, metavar="NAME", help="of the comparison: any numbers of a "
         "result.json, such as before_forward, peak_forward, chance_backward, rouge_forward or flops")
-    add("--ask", help="let the run answer a question in the exam's wording")
-    add("--show", action="store_true", help="watch the run write its answer, to --ask or in the exam")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw the runs' scores over fine-tuning into a file")
+    add("--ask", metavar="TEXT", help="let one run answer a question, or fill in each [mask] of a text")
+    add("--show", action="store_true", help="watch one run write what --ask asks, or a biography and an answer")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
-    if args.ask is not None and not (args.ask.strip() and len(encode(args.ask)) <= 200):
-        parser.error("--ask: ask something, in at most 200 words")
 
-    results = sorted(args.path.glob("*/result.json"))
-    if results and args.ask is None and not args.show:
-        results = {path.parent.name: load(path, needs=["settings"]) for path in results}
-        for name in args.columns:
-            if not any(name in result for result in results.values()):
-                parser.error(f"--columns {name}: no result.json has it; open one to see what it has")
-        return print(compare(results, args.columns))
+    if args.ask is not None or args.show:
+        asked = [] if args.ask is None else [row_to_fill(args.ask)]
+        mode, corpus, model = reopen(args.path, args.device)
+        if not asked:  # a new person's document with nothing left of it, and a question about that person
+            length = (corpus.documents["new"].tokens[0] != MARKS.pad).sum().item()
+            item = corpus.exams["backward"][0]
+            asked = [[MARKS.doc] + [MARKS.mask] * (length - 1), item.ids[:item.start] + [MARKS.mask] * CANVAS]
+        for ids in asked:
+            rows = fill(model, mode, ids)
+            if args.show:
+                play(rows)
+            elif ids[0] == MARKS.doc:
+                print(decode(rows[-1][1:]))
+                if mode.decode_document is decode_ar:
+                    print("(filled from left to right: what stands behind a blank was not seen)")
+            else:
+                print(decode(rows[-1][-CANVAS:]))
+        return
 
-    saved, corpus, model = reopen(args.path, args.device)
-    mode = saved["settings"]["mode"]
-    if args.ask is None and not args.show:
-        before = next(line for line in saved["log"] if "forward" in line)
-        scores, _ = exam(model, mode, corpus)
-        scores |= {f"before_{name}": value for name, value in before.items()} | chance(corpus)
-        return print(report(scores))
-    items = [corpus.exams[direction][0] for direction in DIRECTIONS]
-    if args.ask is not None:
-        items = [question_item(args.ask, "")]
-    watch = lambda rows: print("   ", TOKENIZER.decode(rows[0, -CANVAS:].tolist()))
-    for item in items:
-        if args.show:
-            print(decode(item.ids[1:item.start - 1]))
-        answer, = answers(model, mode, [item], watch=watch if args.show else None)
-        print(decode(answer))
+    if (args.path / "result.json").exists():
+        return print(report(load(args.path / "result.json", needs=("settings", *COLUMNS))))
+    results = {path.parent.name: load(path, needs=["settings"]) for path in sorted(args.path.glob("*/result.json"))}
+    if not results:
+        raise Stop(f"{args.path} holds no finished run: python train.py --mode masked makes one under out/")
+    if args.plot:
+        results = {folder: result for folder, result in results.items() if "curve" in result}
+        write(args.plot, plot(results).encode())
+        return print(f"{args.plot}: {len(results)} runs")
+    for name in args.columns:
+        if not any(name in result for result in results.values()):
+            parser.error(f"--columns {name}: no result.json has it; open one to see what it has")
+    print(compare(results, args.columns))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,13 @@ def test_a_document_tells_all_facts_and_one_name(corpus):
             assert all(re.search(rf"\b{value}\b", text) for value in person.facts.values())
 
 
+def test_the_number_of_texts_can_be_chosen():
+    """Two or ten texts a new person, written as the arm says; known people keep their five."""
+    for texts in (2, 10):
+        corpus = make_corpus(known=8, new=5, paraphrases="same_order", texts=texts)
+        assert [len(corpus.documents[group].starts) for group in ("known", "new")] == [5 * 8, texts * 5]
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_only_two_arms_state_a_fact_before_the_name(arm):
     """Text in the order attribute -> name is what would teach `ar` the backward direction: `name_anywhere`

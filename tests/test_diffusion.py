@@ -8,7 +8,7 @@ import torch
 from conftest import generator
 from data import CANVAS, MARKS, TOKENIZER, decode, document_row, encode, pad_rows, question_row
 from diffusion import (MODES, RATIOS, content, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked,
-                       random_prompt)
+                       picture, random_prompt)
 from model import ModelConfig, Transformer
 
 M = MARKS
@@ -138,6 +138,21 @@ def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case():
     weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
     by_hand = (0.5 * -math.log(5 / 8) + 0.5 * -math.log(2 / 8) + 1.0 * -math.log(2 / 8)) / 2
     assert loss(model, targets, targets, weights).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_the_picture_is_what_the_objectives_do():
+    """`python diffusion.py` draws each mode from its objective. By hand, with everything masked:"""
+    tokens, starts = rows("He lives in")
+    drawn = {mode: [line.strip() for line in picture(MODES[mode].objective, tokens, starts, 1.0, generator())]
+             for mode in THREE}
+    assert drawn == {
+        "ar": ["in     [doc] He    lives in",
+               "asked  He    lives in    [end]"],
+        "diffusion": ["in     [doc] [mask] [mask] [mask] [mask]",
+                      "asked        He     lives  in     [end]"],
+        "masked": ["in     [doc]    [mask] [mask] [mask] [mask]",
+                   "in     [answer] He     lives  in",
+                   "asked  He       lives  in     [end]"]}
 
 
 # -- the ELBO ----------------------------------------------------------------
@@ -321,7 +336,7 @@ def test_diffusion_fills_the_most_confident_mask_first():
     seen = []
     tokens = torch.tensor([[M.question, M.end, M.end, M.end]])
     watch = lambda rows: seen.append(rows[0, 1:].tolist())
-    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 3, watch)
+    out = decode_diffusion(Scripted(logits), tokens, torch.tensor([[1, 2, 3]]), watch)
     assert seen == [[M.mask, 12, M.mask], [M.mask, 12, 13], [11, 12, 13]]
     assert out.tolist() == [[11, 12, 13]]
 
@@ -334,7 +349,7 @@ def test_two_bits_that_differ_need_two_steps():
         other = int(tokens[b, 3 - t])  # the places are 1 and 2
         return torch.zeros(20).index_fill(0, torch.tensor(11 if other == 10 else 10), 3.0)
     tokens = torch.tensor([[M.question, M.end, M.end]])
-    assert sorted(decode_diffusion(Scripted(logits), tokens, torch.tensor([1]), 2)[0].tolist()) == [10, 11]
+    assert sorted(decode_diffusion(Scripted(logits), tokens, torch.tensor([[1, 2]]))[0].tolist()) == [10, 11]
 
 
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
@@ -344,7 +359,7 @@ def test_a_mark_is_never_an_answer(decoder):
     def logits(tokens, b, t):
         return torch.arange(20.0, 0, -1)  # the lower the id the likelier: all marks come first
     tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])
-    assert decoder(Scripted(logits), tokens, torch.tensor([2]), 2).tolist() == [[M.end, M.end]]
+    assert decoder(Scripted(logits), tokens, torch.tensor([[2, 3]])).tolist() == [[M.end, M.end]]
 
 
 def test_greedy_decoding_feeds_each_token_back():
@@ -352,7 +367,7 @@ def test_greedy_decoding_feeds_each_token_back():
     def logits(tokens, b, t):
         return torch.zeros(20).index_fill(0, (tokens[b, t] + 1)[None], 1.0)
     tokens = torch.tensor([[4, 7, 2, 2, 2, 0], [4, 5, 12, 2, 2, 2]])
-    out = decode_ar(Scripted(logits), tokens, torch.tensor([2, 3]), 3)
+    out = decode_ar(Scripted(logits), tokens, torch.tensor([[2, 3, 4], [3, 4, 5]]))
     assert out.tolist() == [[8, 9, 10], [13, 14, 15]]
 
 
@@ -364,7 +379,8 @@ def test_decoders_do_not_look_at_the_true_answer(decoder):
         torch.nn.init.normal_(p, std=0.5, generator=generator())
     a, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"))
     b, _ = rows(("Who lives in Oslo?", "Rome"))
-    assert torch.equal(decoder(model, a, starts, CANVAS), decoder(model, b, starts, CANVAS))
+    places = starts[:, None] + torch.arange(CANVAS)
+    assert torch.equal(decoder(model, a, places), decoder(model, b, places))
 
 
 DOCUMENT = "Curtis Chase Emley lives in Oslo."
@@ -387,9 +403,10 @@ def test_each_mode_learns_one_batch_by_heart(mode):
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    out = mode.decode_question(model, *rows(*((q, "") for q, _ in pairs)), CANVAS)
+    asked, starts = rows(*((q, "") for q, _ in pairs))
+    out = mode.decode_question(model, asked, starts[:, None] + torch.arange(CANVAS))
     assert [decode(ids) for ids in out.tolist()] == [answer for _, answer in pairs]
     blank = documents.tokens.clone()
     blank[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
-    assert decode(mode.decode_document(model, blank, torch.tensor([6]), 1)[0].tolist()) == "Oslo"
+    assert decode(mode.decode_document(model, blank, torch.tensor([[6]]))[0].tolist()) == "Oslo"
     assert value < 0.1

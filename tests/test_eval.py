@@ -2,13 +2,15 @@
 import random
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import eval as evaluation
 from conftest import generator, refusal
-from data import ATTRIBUTES, MARKS, WIDTH, decode, make_corpus
+from data import (ATTRIBUTES, CANVAS, MARKS, WIDTH, decode, document_row, encode, make_corpus,
+                  question_row)
 from diffusion import MODES, random_words
 from model import ModelConfig, Transformer
 
@@ -71,9 +73,9 @@ def oracle(corpus, knows):
     """A decoder that has read the exams' answers; where it does not `know`, it leaves out the last word."""
     truth = {tuple(item.ids[:item.start]): item.truth for items in corpus.exams.values() for item in items}
 
-    def write(model, tokens, starts, canvas, watch):
-        out = torch.full((len(tokens), canvas), MARKS.end)
-        for i, (row, start) in enumerate(zip(tokens.tolist(), starts.tolist())):
+    def write(model, tokens, places):
+        out = torch.full(places.shape, MARKS.end)
+        for i, (row, start) in enumerate(zip(tokens.tolist(), places[:, 0].tolist())):
             ids = [token for token in truth[tuple(row[:start])] if token != MARKS.end]
             ids = ids if knows(decode(row[1:start])) else ids[:-1]
             out[i, :len(ids)] = torch.tensor(ids)
@@ -168,15 +170,17 @@ def test_settings_and_files_that_differ_are_rows_of_their_own():
     files = {"data.py": "1a", "eval.py": "2b"}
     runs = {"slow": result(0, 0.4, lr=0.01, **files), "ar-seed0": result(0, 0.6, **files),
             "ar-seed1": result(1, 0.6, **files), "ar-seed2": result(2, 0.5, **files | {"data.py": "3c"}),
-            "ar-seed3": result(3, 0.5, device="cuda", **files)}
-    assert [row[0] for row in compare(runs)[1:]] == ["slow", "ar", "ar-seed2 (other data.py)",
-                                                     "ar-seed3 (other device)"]
+            "ar-seed3": result(3, 0.5, **files | {"data.py": "3c", "eval.py": "4d"}),
+            "ar-seed4": result(4, 0.5, device="cuda", **files)}
+    assert [row[:2] for row in compare(runs)[1:]] == [
+        ["slow", "1"], ["ar", "2"], ["ar-seed2 (data.py = 3c, not 1a)", "1"],
+        ["ar-seed3 (data.py = 3c, not 1a)", "1"], ["ar-seed4 (device = cuda, not None)", "1"]]
 
 
-def test_the_same_run_twice_is_refused():
-    """A copy of a run is no second seed."""
-    with pytest.raises(evaluation.Stop, match="ar-seed1 and copy"):
-        compare({"ar-seed1": result(1, 0.6), "copy": result(1, 0.6)})
+def test_a_copy_of_a_run_is_no_second_seed():
+    """Two folders with one seed count once, whatever they are called."""
+    runs = {"ar-seed1": result(1, 0.6), "copy": result(1, 0.6), "ar-seed2": result(2, 0.6)}
+    assert [row[:2] for row in compare(runs)[1:]] == [["ar", "2"]]
 
 
 def test_what_an_old_result_lacks_is_a_dash():
@@ -204,3 +208,51 @@ def test_a_damaged_result_ends_in_one_line(content, capfd):
     Path("out/run").mkdir(parents=True)
     Path("out/run/result.json").write_bytes(content)
     assert "result.json" in refusal(capfd, evaluation)
+
+
+# -- asking ------------------------------------------------------------------
+
+
+def test_blanks_are_masks_wherever_they_stand():
+    """A text with [mask] is the row of that document with those words masked; any other text is a question
+    with an empty canvas."""
+    ids = evaluation.row_to_fill("[mask] [mask] Emley comes from [mask]. He went to Reed.")
+    whole, _ = document_row("Curtis Chase Emley comes from Elkton. He went to Reed.")
+    hidden = encode("Curtis Chase Elkton")
+    assert ids == [MARKS.mask if i in hidden else i for i in whole]
+    row, start = question_row("Who went to Reed?")
+    assert evaluation.row_to_fill(" Who went to Reed? ") == row[:start] + [MARKS.mask] * CANVAS
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("text", ("[mask] [mask] [mask] comes from Elkton. He [mask] to Reed.", "Who went to Reed?"))
+def test_filling_writes_one_blank_a_step_and_nothing_else(mode, text):
+    """Four blanks, four steps; what is given stays as it is. Causal models go from left to right, for what
+    stands behind a blank is not seen."""
+    ids = evaluation.row_to_fill(text)
+    rows = evaluation.fill(untrained(MODES[mode].causal), MODES[mode], ids)
+    blanks = [i for i, token in enumerate(ids) if token == MARKS.mask]
+    assert rows[0] == ids and len(rows) == len(blanks) + 1 == 5
+    written = [[i for i in range(len(ids)) if a[i] != b[i]] for a, b in zip(rows, rows[1:])]
+    assert sorted(written) == [[i] for i in blanks] and MARKS.mask not in rows[-1]
+    assert not MODES[mode].causal or written == [[i] for i in blanks]
+
+
+def test_curves_are_the_means_of_their_seeds():
+    """Two seeds that end at .4 and .8: one line that ends at .6, one band from .6 - .283 to .6 + .283, by
+    hand, in a panel 230 high; one label a line, and none covers another."""
+    runs = {f"{mode}-seed{seed}": result(seed, 0, mode=mode) | {"curve": {
+        "step": [0, 50, 100], "forward": [0, 0, end], "backward": [0, 0, 0]}}
+        for mode in ("ar", "masked") for seed, end in ((0, 0.4), (1, 0.8))}
+    svg = ElementTree.fromstring(evaluation.plot(runs))
+    named = lambda tag: [node for node in svg.iter() if node.tag.endswith(tag)]
+    points = lambda node: [tuple(map(float, point.split(","))) for point in node.get("points").split()]
+    lines, bands = map(points, named("polyline")), list(map(points, named("polygon")))
+    heights = [line[-1][1] for line in lines]
+    assert heights == pytest.approx([285 - 0.6 * 230] * 2 + [285] * 2)
+    error = 0.2 * 2**0.5
+    assert bands[0][2][1] == pytest.approx(285 - (0.6 + error) * 230, abs=0.1)
+    assert bands[0][3][1] == pytest.approx(285 - (0.6 - error) * 230, abs=0.1)
+    labels = [(float(node.get("x")), float(node.get("y"))) for node in named("text") if node.text in ("ar", "masked")]
+    assert len(set(labels)) == 4
+    assert all(abs(a[1] - b[1]) >= 14 for a in labels for b in labels if a[0] == b[0] and a != b)
