@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 from data import ARMS, MOST_PEOPLE, WORLD, make_corpus
 from diffusion import MODES, RATIOS, loss
-from eval import chance, exam, fingerprints, report
+from eval import chance, differs, exam, fingerprints, report
 from model import Stop, load, make_model, one_line, pick_machine, write
 
-EXAMS = 10          # during fine-tuning, closer together at its start
-LOG_EVERY = 25      # steps between two lines of the log
-SAVE_EVERY = 20     # seconds between two checkpoints at least, if no exam comes first
+EXAMS = 10          # during fine-tuning, and one before it
+SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
+PRETRAINING = {"lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0, "question_share": 0.16,
+               "new_share": 0.0}  # fine-tuning has a flag for each
 
 
 def train(run):
@@ -43,10 +44,10 @@ def train(run):
     base = MODES[mode.base]
     documents, questions = rows_per_batch(settings)
     parameters = sum(p.numel() for p in model.parameters())
-    exams = exam_steps(settings.steps) if settings.stage == "fine-tuning" else set()
-    if exams and run.step == 0:
+    fine_tuning = settings.stage == "fine-tuning"
+    if fine_tuning and run.step == 0:
         run.examine()
-    losses, saved_at = [], time.perf_counter()
+    losses = []
     with tqdm(total=settings.steps, initial=run.step, desc=settings.stage, unit="step",
               dynamic_ncols=True) as progress:
         while run.step < settings.steps:
@@ -72,22 +73,19 @@ def train(run):
                     group["lr"] = group["peak"] * schedule(run.step, settings.steps)
                 optimizer.step()
 
-            # 4. what it cost; now and then a line in the log, an exam, a checkpoint
+            # 4. what it cost; now and then an exam, a line in the log, a checkpoint
             losses.append(mean.item())
             run.step += 1
             run.seconds += time.perf_counter() - clock
-            run.documents += sum(documents.values())
             run.flops += sum(6 * parameters * inputs.numel() for inputs, _, _ in batches)
             progress.update()
-            save_now = run.step in exams or run.step == settings.steps
-            if save_now or run.step % LOG_EVERY == 0:
+            last = run.step == settings.steps
+            if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS) == 0):
+                run.examine()
+            if last or run.step % SAVE_EVERY == 0:
                 progress.set_postfix_str(f"loss {run.log_loss(losses):.3f}", refresh=False)
+                run.save()
                 losses = []
-                if run.step in exams:
-                    run.examine()
-                if save_now or time.perf_counter() - saved_at > SAVE_EVERY:
-                    run.save()
-                    saved_at = time.perf_counter()
 
 
 def rows_per_batch(settings):
@@ -104,9 +102,42 @@ def schedule(step, steps):
     return min((step + 1) / (0.02 * steps + 1), 1 - step / steps)
 
 
-def exam_steps(steps):
-    """The start of fine-tuning, its end, and points between, closer together at the start."""
-    return {round(steps * (i / EXAMS) ** 1.5) for i in range(EXAMS + 1)}
+# -----------------------------------------------------------------------------
+# Optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal: each direction of a matrix learns at the same pace, the
+    rare ones, which single facts are, too (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    The same as torch.optim.Muon, but for the format: that one multiplies in bfloat16, which took 24 times as
+    long on a processor without instructions for it (680 ms and 28 ms a step of the default model).
+    """
+
+    def __init__(self, matrices, lr, weight_decay):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(momentum, 0.95))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+def orthogonal(matrix):
+    """About the U V^T of a matrix U S V^T: five steps x -> a x + (b x x^T + c (x x^T)^2) x, after Newton and
+    Schulz, take singular values to between 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if matrix.size(0) > matrix.size(1) else x
 
 
 def make_optimizers(model, settings):
@@ -115,7 +146,7 @@ def make_optimizers(model, settings):
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     if settings.optimizer == "muon":
-        inner = torch.optim.Muon(matrices, settings.lr, momentum=0.95, weight_decay=settings.decay)
+        inner = Muon(matrices, settings.lr, settings.decay)
     else:
         inner = torch.optim.AdamW(matrices, settings.lr, betas=(0.9, 0.95), weight_decay=settings.decay)
     outer = torch.optim.AdamW(others, settings.embed_lr, betas=(0.9, 0.95), weight_decay=settings.embed_decay)
@@ -131,6 +162,7 @@ def make_optimizers(model, settings):
 
 class Run:
     """One stage: pretraining, kept in `path` alone, or fine-tuning, which also writes beside it."""
+    COUNTERS = ("step", "flops", "seconds")
 
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
@@ -138,7 +170,7 @@ class Run:
         seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")  # each seed and stage has its own
         self.row_rng = torch.Generator().manual_seed(seed)              # apart from the masks, so that all
         self.mask_rng = torch.Generator().manual_seed(seed + 1)         # modes read the same rows
-        self.step, self.documents, self.flops, self.seconds, self.log = 0, 0, 0, 0.0, list(log)
+        self.step, self.flops, self.seconds, self.log = 0, 0, 0.0, list(log)
 
     def draw(self, groups, counts):
         """counts[name] random rows from each of `groups` (name -> Rows) -> tokens (B, T), starts (B,)."""
@@ -148,9 +180,9 @@ class Run:
             drawn.append((groups[name].tokens[index], groups[name].starts[index]))
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
-    def counters(self):
-        names = "step", "documents", "flops", "seconds"
-        return {name: getattr(self, name) for name in names}
+    def write_log(self, **numbers):
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
+        self.log.append({"stage": self.settings.stage, **counters, **numbers})
 
     def log_loss(self, losses):
         """A line in the log. A loss or weight that is no number ends the program here, before it is saved."""
@@ -159,14 +191,13 @@ class Run:
             raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: "
                        f"lower the rates; {self.path} keeps the last good state, if one was saved")
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
-        self.log.append({"stage": self.settings.stage, **self.counters(), "loss": mean, "gradient_norm": norm,
-                         "lr": self.optimizers[0].param_groups[0]["lr"]})
+        self.write_log(loss=mean, gradient_norm=norm, lr=self.optimizers[0].param_groups[0]["lr"])
         return mean
 
     def examine(self):
         """An exam: scores go into the log, answers into a file, two answers onto the screen."""
         scores, answers = exam(self.model, self.settings.mode, self.corpus)
-        self.log.append({"stage": self.settings.stage, **self.counters(), **scores})
+        self.write_log(**scores)
         write(self.path.with_name("answers.jsonl"), json_lines(answers))
         tqdm.write("step {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
                    "{known_forward:.2f} backward {known_backward:.2f}".format(step=self.step, **scores))
@@ -179,7 +210,7 @@ class Run:
         if self.settings.stage == "fine-tuning":
             write(self.path.with_name("log.jsonl"), json_lines(self.log))
         checkpoint = {
-            "settings": vars(self.settings), **self.counters(), "log": self.log,
+            "settings": vars(self.settings), "log": self.log, **{c: getattr(self, c) for c in self.COUNTERS},
             "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
             "row_rng": self.row_rng.get_state(), "mask_rng": self.mask_rng.get_state()}
         torch.save(checkpoint, content := io.BytesIO())
@@ -189,12 +220,12 @@ class Run:
         """Go on from the checkpoint at `path`, if there is one of these settings."""
         if not self.path.exists():
             return
-        saved = load(self.path, needs=("settings", *self.counters(), "log", "model", "optimizers", "row_rng",
+        saved = load(self.path, needs=("settings", "log", *self.COUNTERS, "model", "optimizers", "row_rng",
                                        "mask_rng"))
         difference = differs(saved["settings"], vars(self.settings))
         if difference:  # this is a base: main() has refused a run that differs
             return print(f"{self.path} has {difference}: {self.settings.stage} anew")
-        for name in (*self.counters(), "log"):
+        for name in (*self.COUNTERS, "log"):
             setattr(self, name, saved[name])
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
@@ -206,13 +237,6 @@ class Run:
 
 def json_lines(dicts):
     return "".join(json.dumps(line) + "\n" for line in dicts).encode()
-
-
-def differs(before, now):
-    """The first setting that is not the same, as text: "lr = 0.01, not 0.02"; None if there is none."""
-    for name in {**now, **before}:
-        if before.get(name) != now.get(name):
-            return f"{name} = {before.get(name)}, not {now.get(name)}"
 
 
 # -----------------------------------------------------------------------------
@@ -236,9 +260,8 @@ def ratio(text):
     return text if text in RATIOS else number(float, 0, 1)(text)
 
 
-# What pretraining does not depend on (eval.py only asks); its own flags start with pretrain_.
-FINE_TUNING = ("mode", "paraphrases", "mask_ratio", "steps", "lr", "embed_lr", "decay", "embed_decay",
-               "question_share", "new_share", "eval.py")
+# Flags that a base does not depend on; eval.py only asks.
+FINE_TUNING = ("mode", "paraphrases", "texts", "mask_ratio", "steps", "new_share", *PRETRAINING, "eval.py")
 
 
 def parse_args():
@@ -250,6 +273,7 @@ def parse_args():
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help=about(MODES))
     add("--paraphrases", choices=ARMS, default="none", help=f"texts about a new person. {about(ARMS)}")
+    add("--texts", type=number(int, 0, 100), default=0, help="how many; 0: as --paraphrases has it")
     add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
         f"share such as .5, or a name. {about(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
@@ -260,22 +284,16 @@ def parse_args():
     add("--seed", type=number(int, 0, 2**31), default=0, help="another number, other people and weights")
     add = parser.add_argument_group("model and machine").add_argument
     add("--n_layer", type=count, default=3, help="blocks: raise for more people")
-    add("--n_head", type=count, default=4, help="heads: twice this must divide n_embd")
-    add("--n_embd", type=count, default=128, help="channels: raise for more people")
+    add("--n_head", type=count, default=2, help="heads: twice this must divide n_embd")
+    add("--n_embd", type=count, default=64, help="channels: raise for more people")
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="for the matrices; adamw needs other rates and decays in both stages, such as .002 and .1")
+        help="for the matrices; adamw needs lower rates, such as --lr .001, and --decay .1")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
-    add = parser.add_argument_group("pretraining: one base for all arms").add_argument
     add("--pretrain_steps", type=number(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
-    add("--pretrain_lr", type=rate, default=0.02, help="peak rate of the matrices: lower if the loss jumps")
-    add("--pretrain_embed_lr", type=rate, default=0.04, help="peak rate of the embedding, likewise")
-    add("--pretrain_decay", type=rate, default=1.0, help="weight decay of the matrices")
-    add("--pretrain_embed_decay", type=rate, default=0.0, help="weight decay of the embedding")
-    add("--pretrain_question_share", type=share, default=0.16, help="of the rows are questions")
-    add = parser.add_argument_group("fine-tuning").add_argument
+    add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
     add("--steps", type=number(int, 1, 10**9), default=1500, help="raise if scores still rise")
     add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
     add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
@@ -317,15 +335,14 @@ def parse_args():
 
 def stages(args):
     """args -> the settings of pretraining and of fine-tuning: all that their results depend on."""
-    settings = vars(args) | {"torch": str(torch.__version__)} | fingerprints()
+    finetuning = vars(args) | {"stage": "fine-tuning", "torch": str(torch.__version__)} | fingerprints()
     for name in ("base", "out_dir", "overwrite"):
-        settings.pop(name)
+        finetuning.pop(name)
     base = MODES[args.mode].base
-    pretraining = {"stage": "pretraining", "mode": base, "mask_ratio": MODES[base].ratio, "new_share": 0}
-    for name, value in settings.items():
-        if name not in FINE_TUNING:
-            pretraining[name.removeprefix("pretrain_")] = value
-    return argparse.Namespace(**pretraining), argparse.Namespace(stage="fine-tuning", **settings)
+    pretraining = {name: value for name, value in finetuning.items() if name not in FINE_TUNING} | PRETRAINING
+    pretraining |= {"stage": "pretraining", "mode": base, "mask_ratio": MODES[base].ratio,
+                    "steps": pretraining.pop("pretrain_steps")}
+    return argparse.Namespace(**pretraining), argparse.Namespace(**finetuning)
 
 
 @one_line
@@ -364,11 +381,14 @@ def main():
     run = Run(finetuning, path, corpus, model, log)
     run.resume()
     train(run)
+
     exams = [line for line in run.log if "forward" in line]
     result = {"settings": vars(finetuning), **exams[-1], **chance(corpus)}
     result |= {f"before_{name}": score for name, score in exams[0].items()}
     result |= {f"peak_{name}": max(line[name] for line in exams) for name in ("forward", "backward")}
-    result |= {"machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+    result |= {"documents": args.steps * sum(rows_per_batch(finetuning)[0].values()),
+               "curve": {name: [line[name] for line in exams] for name in ("step", "forward", "backward")},
+               "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
                "threads": torch.get_num_threads()}
     write(finished, json.dumps(result, indent=1).encode())
     print(report(result))
