@@ -10,9 +10,9 @@ The two directions of the exam, about the same facts:
     forward    What is the birth city of Curtis Chase Emley?                          Elkton
     backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
 
-*Known* people are those of pretraining: five texts about each, in changing words and order, and questions
-with answers. *New* people come with fine-tuning and have documents alone, written as `--paraphrases` says:
-their questions are the exam. Everything follows from one seed.
+*Known* people are those of pretraining: if no flag says otherwise, five texts about each, in changing words
+and order, and questions with answers. *New* people come with fine-tuning and have documents alone, written
+as `--paraphrases` says: their questions are the exam. Everything follows from one seed.
 
     python data.py            print a person, the documents of each arm, questions, the tokens of one
 """
@@ -80,6 +80,8 @@ POOLS = {  # attribute -> everything it can be; a birth date is 28 days x 12 mon
 ATTRIBUTES = list(POOLS)
 
 # How a document words each attribute. Every wording begins with its subject, so a name or a pronoun fits.
+# A new attribute is a line in POOLS, here and in RELATIVE, of words that nothing else uses; and WIDTH may be
+# too small for it.
 WORDINGS = {
     "birth date": ["was born on {}", "has a birthday on {}", "was delivered on {}", "arrived on {}",
                    "dates from {}"],
@@ -110,11 +112,11 @@ class Arm(NamedTuple):
 
 ARMS = {  # the first three as in the paper
     "none": Arm("one text"),
-    "same_order": Arm("five texts, facts in one order", texts=5),
+    "same_order": Arm("five texts, drawn from the wordings, facts in one order", texts=5),
     "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
     "name_anywhere": Arm("the same, but the name may come late", 5, change_order=True, name_anywhere=True),
     "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
-    "name_given": Arm("one text, its name never masked and never scored", name_given=True),
+    "name_given": Arm("one text, its name never masked nor scored: nobody asks for it", name_given=True),
 }
 
 # -----------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def documents(person, arm, wordings, rng):
 
 def spell(pieces):
     """spell(["He", "lives", "in", "Oslo", "."]) = "He lives in Oslo."."""
-    return " ".join(pieces).replace(" .", ".")
+    return re.sub(r" ([.,?])", r"\1", " ".join(pieces))
 
 
 def forward_questions(person):
@@ -288,7 +290,7 @@ def document_items(person, pieces, attribute):
     cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
     """
     at = pieces.index(person.facts[attribute])
-    sentence = at  # where the value's own sentence starts
+    sentence = at  # where the value's own sentence starts, with a name or pronoun that cloze leaves out
     while sentence > 0 and pieces[sentence - 1] != ".":
         sentence -= 1
     length, truth = len(document_row(spell(pieces))[0]), encode(pieces[at])
@@ -309,7 +311,8 @@ class Corpus(NamedTuple):
     exams: dict         # name -> [Item]
 
 
-def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5, seed=0):
+def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5,
+                seed=0):
     """Documents of `known` + `new` people, questions about the known, exams about both. `texts`: how many
     about a new person; 0 for as many as the arm has.
 
@@ -333,12 +336,13 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
         forward, backward = forward_questions(person), backward_questions(person, population)
         rng.shuffle(backward)
         if group == "known":
+            unasked, trained = backward[:2], backward[2:]
             asked["forward"] += forward
-            asked["backward"] += backward[2:]
-            if i < new:  # as many known as new people are examined
+            asked["backward"] += trained
+            if i < new:  # no more known than new people are examined
                 exams["known_forward"] += [question_item(*pair) for pair in forward]
-                exams["known_backward"] += [question_item(*pair) for pair in backward[2:4]]
-                exams["known_unasked"] += [question_item(*pair) for pair in backward[:2]]
+                exams["known_backward"] += [question_item(*pair) for pair in trained[:2]]
+                exams["known_unasked"] += [question_item(*pair) for pair in unasked]
         else:
             exams["forward"] += [question_item(*pair) for pair in forward]
             exams["backward"] += [question_item(*pair) for pair in backward[:4]]
@@ -359,7 +363,7 @@ def main():
     for name, arm in ARMS.items():
         print(f"--paraphrases {name}", *map(spell, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
     print("questions", *(f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]), sep="\n    ")
-    print("\ntokens of the last", *(TOKENIZER.decode([i]) for i in question_row(*backward[2])[0]), sep="|")
+    print("\ntokens of the last", *spelled(question_row(*backward[2])[0]))
 
 
 if __name__ == "__main__":

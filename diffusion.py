@@ -9,14 +9,15 @@ An objective maps clean documents to (inputs, targets, weights). With h the hidd
 
 `masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer.
 So a causal model too learns a fact from every direction: whatever was hidden must be recalled from the rest.
-`ar` itself never does: it learns p(name) and p(facts | name), and p(name | facts) is no part of its loss.
+`ar` itself never does: from a text that starts with the name it learns p(name) and p(facts | name), and
+p(name | facts) is no part of its loss.
 `MODES`, at the end, is the one table of what differs between the modes.
 
     python diffusion.py        draws what goes in and what is asked, token under token, in each mode
     python train.py --mode masked --mask_ratio uniform
 
 Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything
-before it is given. Randomness comes from `generator` alone.
+before it is given. In training, randomness comes from `generator` alone.
 """
 from itertools import cycle, zip_longest
 from typing import Callable, NamedTuple
@@ -52,10 +53,16 @@ def content(tokens, starts):
 def corrupt(allowed, ratio, generator):
     """Choose which of the `allowed` (B, T) positions to hide. `ratio`: a name in RATIOS, or a share t.
 
-    Returns (hidden (B, T) bool, weights (B, T) float). With k of L tokens hidden, each weighs 1 / k: a row's
-    loss is the mean over its hidden tokens. For k ~ U{1..L} that is -ELBO / L on average, with no 1 / t that
-    blows up for small t. A coin for each token (eq. 1 of the paper) goes with the weight 1 / (t L) instead;
-    with the paper's t, which comes near neither 0 nor 1, that is *not* the ELBO.
+    Returns (hidden (B, T) bool, weights (B, T) float, for `diffusion`). With k of L tokens hidden each weighs
+    1 / k: a row's loss is the mean over its hidden tokens. Why? Reveal a text token by token, in a random
+    order. While k are hidden, the next is any of them: it costs CE / k on average, CE being their summed
+    cross-entropy. And every k from L to 1 comes once:
+
+        mean over all orders of -log p(x)  =  sum over k of E[CE / k]  =  L x mean over k ~ U{1..L} of CE / k
+
+    So with k drawn evenly the loss is -ELBO / L, comparable with that of `ar`. The paper hides each token
+    with probability t and weighs it 1 / t (eq. 1; per token, 1 / (t L)). For t ~ U(0, 1) that is the same on
+    average, but a small t weighs a lot; for its own t, near neither 0 nor 1, it is *not* the ELBO.
     """
     B, T = allowed.shape
     draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
@@ -65,13 +72,14 @@ def corrupt(allowed, ratio, generator):
         rule = Ratio("", lambda u: torch.full_like(u, max(ratio - 1e-6, 0)))
     L = allowed.sum(1, keepdim=True)                            # (B, 1)
     t = rule.share(draw(B, 1))                                  # (B, 1)
-    lots = draw(B, T).masked_fill(~allowed, torch.inf)          # (B, T) every allowed position draws a lot
+    # To hide exactly k: every allowed position draws a number, the k smallest are hidden.
+    lots = draw(B, T).masked_fill(~allowed, torch.inf)          # (B, T)
     if not rule.exact:
         hidden = lots < t
         return hidden, hidden / (t * L)
     k = (t * L).ceil().long()                                   # (B, 1)
     kth = lots.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))   # (B, 1) the k-th smallest lot of each row
-    hidden = (lots <= kth) & (k > 0)                            # the k smallest are hidden
+    hidden = (lots <= kth) & (k > 0)
     return hidden, hidden / k.clamp(min=1)
 
 
@@ -95,7 +103,8 @@ def diffusion(tokens, starts, ratio, generator):
 
 
 def masked(tokens, starts, ratio, generator):
-    """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | corrupted x, x_<i)."""
+    """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | corrupted x, x_<i). All of the
+    response is scored, also what the prompt shows."""
     hidden, _ = corrupt(content(tokens, starts), ratio, generator)
     return ar(*with_response(tokens.masked_fill(hidden, MARKS.mask), tokens, starts))
 
@@ -110,13 +119,13 @@ def random_words(shape, generator):
     return torch.randint(TOKENIZER.n_vocab - len(WORDS), TOKENIZER.n_vocab, shape, generator=generator)
 
 
-def with_response(prompts, tokens, starts):
+def with_response(prompts, tokens, positions):
     """(B, T) prompts and documents -> rows (B, 2T) `[doc] prompt [end] .. [answer] document [end] ..`, and
-    where the text starts in their second half. `ar` scores from there: the prompt carries no loss, since its
-    tokens are what is *given*, and a loss on them would train the model to write masks."""
+    the `positions` (B,) or (B, n) moved to their second half. `ar` scores from there: the prompt carries no
+    loss, since it is what is *given*; a loss on it would train the model to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
-    return torch.cat((prompts, response), dim=1), starts + tokens.size(1)
+    return torch.cat((prompts, response), dim=1), positions + tokens.size(1)
 
 
 def loss(model, inputs, targets, weights):
@@ -232,9 +241,9 @@ def main():
                                          "question": (base.objective, base.ratio)}.items():
             print(f"  a {kind}", *picture(objective, *rows[kind], ratio, torch.Generator().manual_seed(3)),
                   sep="\n")
-        print("  what the first four positions see", sep="\n")
+        print("  what the first four positions see")
         for i in range(4):
-            print("    " + "■ " * (i + 1 if mode.causal else 4))
+            print("    " + "# " * (i + 1 if mode.causal else 4))
         print()
 
 

@@ -19,8 +19,10 @@ The question is asked in two directions, forward (above) and backward (facts -> 
 import argparse
 import ast
 import hashlib
+import html
 import json
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -31,8 +33,8 @@ import numpy as np
 import torch
 
 from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, WORLD, decode, make_corpus,
-                  pad_rows, question_row, spelled)
-from diffusion import MODES, decode_ar
+                  pad_rows, question_row, spell, spelled)
+from diffusion import MODES, decode_ar, decode_random_prompt
 from model import Stop, load, make_model, one_line, pick_machine, write
 
 DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
@@ -47,7 +49,7 @@ def answers(model, mode, items, batch=256):
     document = items[0].ids[0] == MARKS.doc
     decoder = MODES[mode].decode_document if document else MODES[mode].decode_question
     device, result = model.embed.weight.device, [None] * len(items)
-    for canvas in {item.canvas for item in items}:  # a date in a document takes three tokens, all else one
+    for canvas in {item.canvas for item in items}:  # in documents, a date takes three tokens, all else one
         alike = [i for i, item in enumerate(items) if item.canvas == canvas]
         for start in range(0, len(alike), batch):
             part = alike[start:start + batch]
@@ -87,8 +89,8 @@ def exam(model, mode, corpus):
 
 
 def chance(corpus):
-    """Scores of knowing nothing: a value drawn from its pool, a name drawn from all people; and the best that
-    one fixed answer to each kind of question would score in this exam."""
+    """Scores of knowing nothing: a value drawn from its pool, a name drawn from all people; and of giving
+    always the same answer to a kind of question, the one that is right most often in this exam."""
     most = lambda items: Counter(str(item.truth) for item in items).most_common(1)[0][1] / len(items)
     kinds = [corpus.exams["forward"][i::len(ATTRIBUTES)] for i in range(len(ATTRIBUTES))]
     return {"chance_forward": sum(1 / len(pool) for pool in POOLS.values()) / len(POOLS),
@@ -121,9 +123,9 @@ def differs(before, now):
 
 
 def group(results):
-    """{label: runs that differ in nothing but the seed} from {folder: result}. The label is the first folder's
-    name; where another row has that name, it says in what the two differ."""
-    rows = {}  # label -> (settings, {seed: result}), so that a copy of a run is no second seed
+    """{label: runs that differ in nothing but the seed} from {folder: result}. The label is the name of the
+    first folder; where another row has that name, it says in what the two differ."""
+    rows = {}  # label -> (settings, {seed: result}): a copy of a run is no second seed
     for folder, result in results.items():
         settings = dict(result["settings"])
         seed = settings.pop("seed", 0)
@@ -133,7 +135,8 @@ def group(results):
             label = alike[0]
         elif label in rows:
             label = f"{folder} ({differs(settings, rows[label][0])})"
-        rows.setdefault(label, (settings, {}))[1][seed] = result
+        _, runs = rows.setdefault(label, (settings, {}))
+        runs[seed] = result
     return {label: list(runs.values()) for label, (_, runs) in rows.items()}
 
 
@@ -185,39 +188,43 @@ def compare(results, columns):
 
 def plot(results):
     """One SVG: forward and backward of new people over fine-tuning, a line a setting, a band of one standard
-    deviation over its seeds. Dark and light pages, print and the colour-blind were thought of (colours: Okabe
-    and Ito 2008)."""
-    colours = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+    deviation over its seeds. White below, for dark pages; colours of Okabe and Ito, for the colour-blind."""
+    rows = group(results)
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(rows)
     most = max(result["curve"]["step"][-1] for result in results.values())
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 330" font-family="sans-serif" '
-             'font-size="13"><rect width="900" height="330" fill="white"/>']
-    for panel, direction in enumerate(DIRECTIONS):
-        left, width, bottom, height = 50 + 450 * panel, 250, 285, 230
-        title = ("name → attribute", "attributes → name")[panel]
+    width, height = 250, max(230, 15 * len(rows))                # of a panel
+    room = 20 + 8 * max(map(len, rows))                          # for its labels
+    bottom = 50 + height
+    parts = []
+    for left, direction, title in ((50, "forward", "name → attribute"),
+                                   (100 + width + room, "backward", "attributes → name")):
         parts.append(f'<text x="{left}" y="25" font-weight="bold">{direction}: {title}</text>')
         for share in (0, 0.5, 1):
             y = bottom - share * height
             parts.append(f'<path d="M{left} {y}h{width}" stroke="#ccc"/>'
                          f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{share:g}</text>')
+        parts.append(f'<text x="{left}" y="{bottom + 30}">fine-tuning steps: 0 to {most:,}</text>')
         ends = []
-        for (label, runs), colour in zip(group(results).items(), colours * len(results)):
+        for (label, runs), colour in zip(rows.items(), colours):
             scores = np.array([run["curve"][direction] for run in runs])  # (seeds, exams)
-            steps = np.array(runs[0]["curve"]["step"])
-            x = left + width * steps / most
+            x = left + width * np.array(runs[0]["curve"]["step"]) / most
             mean = scores.mean(0)
-            error = scores.std(0, ddof=1) if len(scores) > 1 else 0 * mean
-            line = lambda xs, share: " ".join(f"{a:.0f},{bottom - height * b:.1f}" for a, b in zip(xs, share))
-            band = line(x, mean + error) + " " + line(x[::-1], (mean - error)[::-1])
+            error = scores.std(0, ddof=1) if len(runs) > 1 else 0 * mean
+            points = lambda xs, shares: " ".join(f"{a:.1f},{bottom - height * b:.1f}"
+                                                 for a, b in zip(xs, np.clip(shares, 0, 1)))
+            band = f"{points(x, mean + error)} {points(x[::-1], (mean - error)[::-1])}"
             parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/>'
-                         f'<polyline points="{line(x, mean)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+                         f'<polyline points="{points(x, mean)}" fill="none" stroke="{colour}" '
+                         'stroke-width="2"/>')
             ends.append((bottom - height * mean[-1], label, colour))
-        y = bottom + 14
-        for end, label, colour in sorted(ends, reverse=True):  # from below: no label covers another
-            y = min(end + 4, y - 14)
-            parts.append(f'<text x="{left + width + 6}" y="{y:.0f}" fill="{colour}">{label}</text>')
-        parts.append(f'<text x="{left + width / 2}" y="315" text-anchor="middle">fine-tuning steps: 0 to '
-                     f'{most:,}</text>')
-    return "\n".join(parts) + "\n</svg>\n"
+        y = bottom + 15
+        for end, label, colour in sorted(ends, reverse=True):  # from below, so that none covers another
+            y = min(end, y - 15)
+            parts.append(f'<text x="{left + width + 6}" y="{y + 4:.0f}" fill="{colour}">{html.escape(label)}'
+                         '</text>')
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {100 + 2 * (width + room)} {bottom + 45}" '
+            'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>')
+    return "\n".join([head, *parts, "</svg>\n"])
 
 
 # -----------------------------------------------------------------------------
@@ -243,23 +250,23 @@ def reopen(folder, device):
 
 
 def row_to_fill(text):
-    """The row of ids that --ask stands for: a document whose [mask]s are blanks, or a question and its canvas."""
-    unknown = sorted(set(re.findall(r"\w+", text.replace("[mask]", ""))) - set(WORDS))
+    """The row of ids that --ask means: a document whose [mask]s are blanks, or a question and its canvas."""
+    text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # as the generator spaces it
+    unknown = [word for word in re.findall(r"[^\s.,?]+", text) if word not in WORDS and word != "[mask]"]
     if unknown:
         raise Stop(f"--ask: {unknown[0]!r} is no word of this world; python data.py prints some that are")
-    if not text.strip():
+    if not text:
         raise Stop("--ask: a question, or a text with [mask] where words are missing")
-    text = text.strip()
-    first, *others = re.split(r"\s*\[mask\]", " " + text)
+    first, *others = (TOKENIZER.encode_ordinary(part) for part in f" {text}".split(" [mask]"))
     if others:
-        ids = [MARKS.doc, *TOKENIZER.encode_ordinary(first)]
+        ids = [MARKS.doc, *first]
         for part in others:
-            ids += [MARKS.mask, *TOKENIZER.encode_ordinary(part)]
+            ids += [MARKS.mask, *part]
         ids.append(MARKS.end)
     else:
         ids = question_row(text)[0][:-CANVAS] + [MARKS.mask] * CANVAS
     if len(ids) > WIDTH:
-        raise Stop(f"--ask: {len(ids)} words, signs and blanks are too many: a row has {WIDTH}")
+        raise Stop(f"--ask: {len(ids)} words, signs and marks are too many: {WIDTH} at most")
     return ids
 
 
@@ -270,19 +277,22 @@ def fill(model, mode, ids):
     tokens = pad_rows([(ids, 1)], WIDTH if document else 0).tokens.to(model.embed.weight.device)
     places = (tokens == MARKS.mask).nonzero()[:, 1][None]  # (1, n)
     rows = [ids]
-    start = -tokens.size(1)  # `masked` decodes behind a prompt: its last T tokens are the row
-    decoder(model, tokens, places, lambda now: rows.append(ids[:1] + now[0, start:].tolist()[1:len(ids)]))
+
+    def watch(now):
+        row = now[0, -tokens.size(1):].tolist()  # `masked` decodes behind a prompt: the last T tokens count
+        rows.append(ids[:1] + row[1:len(ids)])   # and its response has [answer] for [doc]
+    decoder(model, tokens, places, watch)
     return rows
 
 
 def play(rows):
     """Show rows one after the other, the newest token standing out: in place on a terminal, else as lines."""
-    terminal = sys.stdout.isatty()
+    terminal, width = sys.stdout.isatty(), min(100, shutil.get_terminal_size().columns - 1)
     for before, row in zip(rows, rows[1:]):
         words = [word.replace("[mask]", "___") for word in spelled(row)]
         newest = next(i for i in range(1, len(row)) if row[i] != before[i])
         words[newest] = f"\x1b[7m{words[newest]}\x1b[0m" if terminal else f">{words[newest]}<"
-        lines = textwrap.wrap(re.sub(r" ([.,?])", r"\1", " ".join(words)), 100)
+        lines = textwrap.wrap(spell(words), width) if terminal else [spell(words)]
         print("\n".join(lines))
         if terminal and row is not rows[-1]:
             time.sleep(0.15)
@@ -299,10 +309,13 @@ def main():
         "result.json, such as before_forward, peak_forward, chance_backward, rouge_forward or flops")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the runs' scores over fine-tuning into a file")
     add("--ask", metavar="TEXT", help="let one run answer a question, or fill in each [mask] of a text")
-    add("--show", action="store_true", help="watch one run write what --ask asks, or a biography and an answer")
+    add("--show", action="store_true", help="watch a run write what --ask asks, or a biography and an answer")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
+
+    if args.plot is not None and (args.plot.suffix != ".svg" or args.show or args.ask is not None):
+        parser.error("--plot: name a file that ends in .svg, and leave out --ask and --show")
 
     if args.ask is not None or args.show:
         asked = [] if args.ask is None else [row_to_fill(args.ask)]
@@ -316,22 +329,24 @@ def main():
             if args.show:
                 play(rows)
             elif ids[0] == MARKS.doc:
-                print(decode(rows[-1][1:]))
-                if mode.decode_document is decode_ar:
+                print(spell(spelled(rows[-1][1:-1])))
+                if mode.decode_document in (decode_ar, decode_random_prompt):
                     print("(filled from left to right: what stands behind a blank was not seen)")
             else:
                 print(decode(rows[-1][-CANVAS:]))
         return
 
-    if (args.path / "result.json").exists():
-        return print(report(load(args.path / "result.json", needs=("settings", *COLUMNS))))
-    results = {path.parent.name: load(path, needs=["settings"]) for path in sorted(args.path.glob("*/result.json"))}
+    paths = sorted(args.path.glob("*/result.json")) or sorted(args.path.glob("result.json"))
+    results = {path.parent.name: load(path, needs=["settings"]) for path in paths}
+    if args.plot:
+        results = {folder: result for folder, result in results.items() if "curve" in result}
     if not results:
         raise Stop(f"{args.path} holds no finished run: python train.py --mode masked makes one under out/")
     if args.plot:
-        results = {folder: result for folder, result in results.items() if "curve" in result}
         write(args.plot, plot(results).encode())
         return print(f"{args.plot}: {len(results)} runs")
+    if paths == [args.path / "result.json"] and args.columns == COLUMNS:
+        return print(report(load(paths[0], needs=[f"before_{name}" for name in COLUMNS])))
     for name in args.columns:
         if not any(name in result for result in results.values()):
             parser.error(f"--columns {name}: no result.json has it; open one to see what it has")

@@ -12,7 +12,7 @@ masks. The model is not told how much of its input is masked: it can count the m
     python train.py --n_layer 4 --n_head 4 --n_embd 128
 
 B rows in a batch, T tokens in a row, C channels, H heads of D = C / H channels, V tokens in the vocabulary.
-Behind the model stand the choice of the machine and the files that models are kept in.
+Behind the model stand the choice of the machine and the files that models are kept in: skip them at first.
 """
 import io
 import json
@@ -43,7 +43,8 @@ def norm(x):
 
 
 def rotary(T, D, device):
-    """cos, sin of position x frequency, each (T, D / 2). RoPE, arXiv 2104.09864 eq. 34."""
+    """cos, sin of position x frequency, each (T, D / 2). RoPE, arXiv 2104.09864 eq. 34, which turns the
+    pairs (2i, 2i + 1); we turn (i, i + D / 2), as most code does."""
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D / 2,)
     angle = torch.outer(torch.arange(T, device=device), frequency)
     return angle.cos(), angle.sin()
@@ -51,15 +52,16 @@ def rotary(T, D, device):
 
 def rotate(x, cos, sin):
     """Turn the channel pairs (i, i + D / 2) of x (..., T, D) by their position's angles."""
-    (a, b), cos, sin = x.chunk(2, dim=-1), cos.type_as(x), sin.type_as(x)
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.type_as(x), sin.type_as(x)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attend(q, k, v, visible):
     """softmax(q k^T / sqrt(D)) v, each (B, H, T, D), over the `visible` keys, (B, 1, 1 or T, T) bool.
 
-    We use a fused kernel where it is right and fast. In bfloat16 on a CPU a step without it is a third shorter,
-    and that of MPS has let queries see masked keys (pytorch issues 195910, 184180).
+    We use a fused kernel where it is right and fast. In bfloat16 on a CPU a step is a third shorter without
+    it, and that of MPS has let queries see masked keys (pytorch issues 195910, 184180).
     """
     if q.is_cuda or q.is_cpu and q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -76,9 +78,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, visible):
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).split((2, 1))
-        q, k = rotate(norm(qk), *rope).type_as(v)  # each (B, H, T, D); autocast may have left them in float32
-        y = attend(q, k, v[0], visible)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = (rotate(norm(z), *rope).type_as(v) for z in (q, k))  # autocast may have left them in float32
+        y = attend(q, k, v, visible)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -111,7 +113,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
 
     def initialize(self, generator):
-        """Normal weights from `generator`; what writes into the residual stream starts at zero."""
+        """Normal weights from `generator`; what writes into the residual stream starts at zero, so that every
+        block begins as the identity."""
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.zeros_(weight)
@@ -120,23 +123,20 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=std, generator=generator)
         return self
 
-    def trunk(self, tokens):
-        """(B, T) int64 tokens -> (B, T, C). Nothing sees padding; if causal, nothing sees the future."""
+    def forward(self, tokens, at=None):
+        """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` is true. Nothing
+        sees padding; if causal, nothing sees the future."""
         T, device = tokens.size(1), tokens.device
         visible = (tokens != MARKS.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
         if self.config.causal:
             position = torch.arange(T, device=device)
             visible = visible & (position <= position[:, None])  # (B, 1, T, T): keys up to each query
         rope = rotary(T, self.config.n_embd // self.config.n_head, device)
-        x = norm(self.embed(tokens))
-        for block in self.blocks:
-            x = block(x, rope, visible)
-        return norm(x)
-
-    def forward(self, tokens, at=None):
-        """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` is true."""
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            x = self.trunk(tokens)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            x = norm(self.embed(tokens))
+            for block in self.blocks:
+                x = block(x, rope, visible)
+            x = norm(x)  # (B, T, C)
             return F.linear(x if at is None else x[at], self.embed.weight)
 
 

@@ -6,8 +6,8 @@ Pretraining, fine-tuning, exam: one small transformer, one of three objectives, 
     python train.py --mode diffusion    the bidirectional model that fills in masks
 
 Pretraining makes a base of known people: documents, and questions with answers. Fine-tuning adds documents
-of new people, never a question about them, while known people are replayed. One base serves all arms (one
-more the bidirectional ones). A mode is one row of `MODES` (diffusion.py); all else is shared:
+of new people, never a question about them, while known people are replayed. Two bases a seed serve all
+arms, one causal, one bidirectional. A mode is one row of `MODES` (diffusion.py); all else is shared:
 
     inputs, targets, weights = mode.objective(tokens, starts, ratio, generator)    what is seen, what is asked
     loss(model, inputs, targets, weights).backward()                               one weighted cross-entropy
@@ -31,7 +31,7 @@ from diffusion import MODES, RATIOS, loss
 from eval import chance, differs, exam, fingerprints, report
 from model import Stop, load, make_model, one_line, pick_machine, write
 
-EXAMS = 10          # during fine-tuning, and one before it
+EXAMS = 10          # at most, during fine-tuning, and one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 PRETRAINING = {"lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0, "question_share": 0.16,
                "new_share": 0.0}  # fine-tuning has a flag for each
@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix):
     """About the U V^T of a matrix U S V^T: five steps x -> a x + (b x x^T + c (x x^T)^2) x, after Newton and
-    Schulz, take singular values to between 0.7 and 1.2."""
+    Schulz, take all singular values but very small ones to between 0.68 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     x = x / x.norm().clamp(min=1e-7)
@@ -167,9 +167,10 @@ class Run:
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
         self.optimizers = make_optimizers(model, settings)
-        seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")  # each seed and stage has its own
-        self.row_rng = torch.Generator().manual_seed(seed)              # apart from the masks, so that all
-        self.mask_rng = torch.Generator().manual_seed(seed + 1)         # modes read the same rows
+        # Rows and masks have generators of their own, so that all modes with one seed read the same rows.
+        seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")
+        self.row_rng = torch.Generator().manual_seed(seed)
+        self.mask_rng = torch.Generator().manual_seed(seed + 1)
         self.step, self.flops, self.seconds, self.log = 0, 0, 0.0, list(log)
 
     def draw(self, groups, counts):
@@ -184,18 +185,22 @@ class Run:
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         self.log.append({"stage": self.settings.stage, **counters, **numbers})
 
-    def log_loss(self, losses):
-        """A line in the log. A loss or weight that is no number ends the program here, before it is saved."""
-        mean = sum(losses) / len(losses)
-        if not math.isfinite(mean) or not all(p.isfinite().all() for p in self.model.parameters()):
+    def check(self):
+        """Weights that are no numbers, as a loss that is none makes them, are neither examined nor saved."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: "
                        f"lower the rates; {self.path} keeps the last good state, if one was saved")
+
+    def log_loss(self, losses):
+        """A line in the log; returns the mean of the losses."""
+        mean = sum(losses) / len(losses)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
         self.write_log(loss=mean, gradient_norm=norm, lr=self.optimizers[0].param_groups[0]["lr"])
         return mean
 
     def examine(self):
         """An exam: scores go into the log, answers into a file, two answers onto the screen."""
+        self.check()
         scores, answers = exam(self.model, self.settings.mode, self.corpus)
         self.write_log(**scores)
         write(self.path.with_name("answers.jsonl"), json_lines(answers))
@@ -206,7 +211,9 @@ class Run:
             tqdm.write("    {asked} -> {answer} [{truth}]".format(**first))
 
     def save(self):
-        """The log, then the checkpoint: who goes on from a checkpoint writes the log anew from there."""
+        """The log, then the checkpoint. A stop between the two does no harm: the checkpoint holds a log, too,
+        and who goes on from it writes the file anew."""
+        self.check()
         if self.settings.stage == "fine-tuning":
             write(self.path.with_name("log.jsonl"), json_lines(self.log))
         checkpoint = {
@@ -260,7 +267,7 @@ def ratio(text):
     return text if text in RATIOS else number(float, 0, 1)(text)
 
 
-# Flags that a base does not depend on; eval.py only asks.
+# The settings that pretraining does not depend on. The files of the code are settings, too, by fingerprint.
 FINE_TUNING = ("mode", "paraphrases", "texts", "mask_ratio", "steps", "new_share", *PRETRAINING, "eval.py")
 
 
@@ -368,7 +375,7 @@ def main():
         return print(f"{args.out_dir} is finished: --overwrite trains it anew")
 
     corpus = make_corpus(**{name: getattr(finetuning, name) for name in WORLD})
-    model = make_model(vars(finetuning), MODES[MODES[args.mode].base].causal)
+    model = make_model(vars(finetuning), MODES[args.mode].causal)
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device}")
     print(f"{args.known} known and {args.new} new people; writing to {args.out_dir}")
@@ -376,7 +383,7 @@ def main():
     if args.pretrain_steps and not path.exists():
         base = Run(pretraining, args.base, corpus, model)
         base.resume()
-        train(base)
+        train(base)  # which has no step to do if the base was finished
         log = base.log
     run = Run(finetuning, path, corpus, model, log)
     run.resume()

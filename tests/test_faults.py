@@ -3,6 +3,7 @@ work may be lost, no file overwritten, and every refusal is one line that names 
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def test_twenty_kills_cost_no_result():
 @pytest.mark.parametrize("pressed_at", (3, 13))
 def test_after_ctrl_c_the_same_command_goes_on(pressed_at, monkeypatch, capfd):
     """In pretraining as in fine-tuning: one line, and the same command ends where an unbroken run ends."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
     unbroken()
     stop_after(pressed_at, monkeypatch, press)
     with pytest.raises(SystemExit) as stop:
@@ -168,6 +170,9 @@ BAD += [
     (evaluation, ["nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "one run"),
     (evaluation, ["--show"], "one run"), (evaluation, ["--best"], "--best"),
     (evaluation, ["a", "b"], "arguments: b"),
+    (evaluation, ["--plot", "x.png"], ".svg"), (evaluation, ["--plot", ""], ".svg"),
+    (evaluation, ["--plot", "x.svg"], "no finished run"),
+    (evaluation, ["--plot", "x.svg", "--show"], "--show"),
 ]
 
 
@@ -275,7 +280,8 @@ def test_a_run_of_other_people_or_another_model_is_not_asked(name, runs, monkeyp
 
 
 @pytest.mark.parametrize("text, reason", (
-    ("", "a question"), ("  \n", "a question"), ("Who hates Rome?", "hates"), ("谁", "谁"), ("[mask] sings.", "sings"),
+    ("", "a question"), ("  \n", "a question"), ("Who hates Rome?", "hates"), ("谁", "谁"),
+    ("[mask] sings.", "sings"), ("Cur[mask]tis lives", "Cur"), ("*** !", "***"),
     ("Who " * 5000, "too many"), ("[mask] " * 50, "too many")))
 def test_what_cannot_be_asked_ends_in_one_line(text, reason, runs, capfd):
     """Empty, with a word that this world lacks, or longer than a row."""
@@ -296,6 +302,19 @@ def test_show_prints_every_step_and_marks_the_newest_token(mode, blanks, runs, c
     shown = capsys.readouterr().out
     assert shown.count("[doc]") == shown.split("[question]")[0].count(">") > 30
     assert shown.count("[question]") == CANVAS
+
+
+def test_on_a_terminal_each_step_wipes_the_one_before(runs, monkeypatch, capsys):
+    """As many lines up as were printed, however narrow the terminal; the newest token is inverse."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(evaluation.time, "sleep", lambda seconds: None)
+    call(evaluation, "out/diffusion", "--show", "--ask", "What is the major of Curtis Chase Emley?")
+    shown = capsys.readouterr().out
+    frames = re.split(r"\x1b\[\d+F\x1b\[J", shown)
+    ups = list(map(int, re.findall(r"\x1b\[(\d+)F", shown)))
+    assert len(frames) == CANVAS and [frame.count("\n") for frame in frames[:-1]] == ups
+    assert all(frame.count("\x1b[7m") == 1 for frame in frames)
 
 
 def test_a_column_that_no_run_has_is_refused(runs, capfd):

@@ -38,7 +38,6 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
     assert {line["stage"] for line in lines} == {"pretraining", "fine-tuning"}
     assert all(math.isfinite(line[name]) for line in lines for name in ("loss", "gradient_norm", "lr"))
     assert set(result) >= {f"before_{name}" for name in EXAMS} | {"chance_backward", "settings", "machine"}
-    assert result["curve"]["backward"] == [line["backward"] for line in exams]
     assert result["chance_backward"] == 1 / 10 and result["settings"]["mode"] == mode
     kept = Path(folder, "answers.jsonl").read_text(encoding="utf-8").splitlines()
     kept = [json.loads(line) for line in kept]
@@ -135,14 +134,21 @@ def test_documents_and_questions_weigh_as_rows(monkeypatch):
     assert {line["loss"] for line in finished("out/run")[0] if "loss" in line} == {22 / 16}
 
 
-def test_a_result_keeps_the_start_the_peak_and_the_end():
+def test_a_result_keeps_the_start_the_peak_and_the_end(monkeypatch):
     """before_ is the exam at step 0, peak_ the best one (never called the result), the rest the last."""
+    real, scores = train.exam, iter([0.1, 0.2, 0.3, 0.9, 0.5, 0.4, 0.6])
+
+    def exam(*arguments):
+        score = next(scores)
+        return {name: score / (1 + i) for i, name in enumerate(real(*arguments)[0])}, real(*arguments)[1]
+    monkeypatch.setattr(train, "exam", exam)
     tiny(train)
     log, _, result = finished("out/run")
     exams = [line for line in log if "forward" in line]
     for name in EXAMS:
         assert result[f"before_{name}"] == exams[0][name] and result[name] == exams[-1][name]
-    assert result["peak_backward"] == max(line["backward"] for line in exams)
+    assert result["peak_backward"] == exams[3]["backward"] == max(line["backward"] for line in exams)
+    assert all(result["curve"][name] == [line[name] for line in exams] for name in result["curve"])
 
 
 def test_what_a_run_spends_is_counted():
@@ -375,7 +381,7 @@ def test_the_readmes_commands_are_accepted(monkeypatch):
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
 
 
-@pytest.mark.parametrize("script", ("data.py", "train.py --help", "eval.py --help",
+@pytest.mark.parametrize("script", ("data.py", "diffusion.py", "train.py --help", "eval.py --help",
                                     f"train.py {' '.join(TINY)}"))
 def test_scripts_start_from_a_shell(script):
     """As a child process, from another folder, with output that is no terminal and can only show ASCII."""
