@@ -49,7 +49,7 @@ def test_a_rung_is_answered_one_token_after_the_other(mode):
     words = [i for i in range(len(model.embed.weight)) if i == MARKS.end or i not in MARKS]
     for item, given in zip(items, evaluation.answers(model, mode, items)):
         row, at = list(item.ids), item.start
-        if MODES[mode].objective.__name__ in ("masked", "random_prompt"):
+        if MODES[mode].decode_document is not MODES[mode].decode_question:  # behind a prompt
             pads = [MARKS.pad] * (WIDTH - len(row))  # as in training: the copy starts WIDTH tokens behind
             prompt = list(row)
             if mode == "random_prompt":
