@@ -372,7 +372,7 @@ def test_the_readmes_commands_are_accepted(monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"python train\.py([^\n`#|<>;]*)", readme)
     rows = re.findall(r"(?:^|\| `)(--mode [^\n`]*)", readme, re.MULTILINE)
-    assert len(commands) >= 3 and len(rows) >= 10
+    assert len(commands) >= 3 and len(rows) >= 3
     for command in commands + rows:
         words = re.sub(r"\$\w+", lambda m: {"$mode": "ar", "$seed": "0"}.get(m[0], ""), command)
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
