@@ -20,31 +20,45 @@ from conftest import (ROOT, TINY, assert_same_run, bases, call, edit, press, ref
 from data import CANVAS
 from diffusion import loss
 
-CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); import train; train.SAVE_EVERY = 1; " \
-        "print('ready', flush=True); train.main()"
+# A process that has imported everything waits for a line before it trains, and says when its training begins.
+CHILD = """import sys; sys.path.insert(0, sys.argv.pop(1))
+import train
+train.SAVE_EVERY, real = 1, train.train
+train.train = lambda run: (print("training", flush=True), real(run))
+input()
+train.main()"""
 
 
 def child(code, *arguments):
-    """train.py in a process of its own, at the moment when it has imported everything and starts."""
-    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), *arguments], encoding="utf-8",
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
-    assert process.stdout.readline() == "ready\n"
-    return process
+    """train.py in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", code, str(ROOT), *arguments], encoding="utf-8",
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
+
+
+def until_it_trains(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.stdout.readline()
 
 
 def test_twenty_kills_cost_no_result():
     """Killed 20 times at random moments, often while it writes, for it saves at each step here, and started
     again each time, a run ends with the log and the weights of an unbroken one, bit for bit."""
     flags = [*TINY, "--steps", "120", "--pretrain_steps", "30", "--out_dir"]
-    process, clock = child(CHILD, *flags, "a/run"), time.perf_counter()
+    process = child(CHILD, *flags, "a/run")
+    until_it_trains(process)
+    clock = time.perf_counter()
     process.communicate()
     length = time.perf_counter() - clock
     bases()[0].unlink()
     moments, steps = random.Random(0), []
+    waiting = [child(CHILD, *flags, "b/run") for _ in range(2)]  # two import while one trains
     for _ in range(20):
-        process = child(CHILD, *flags, "b/run")
-        time.sleep(moments.uniform(0, length / 3))
+        waiting.append(child(CHILD, *flags, "b/run"))
+        process = waiting.pop(0)
+        until_it_trains(process)
+        time.sleep(moments.uniform(0, length / 5))
         process.kill()
         process.communicate()
         assert process.returncode != 2  # none was refused
@@ -52,7 +66,8 @@ def test_twenty_kills_cost_no_result():
             steps.append(torch.load("b/run/ckpt.pt", weights_only=True)["step"])
     assert steps == sorted(steps)  # nothing that was saved is ever lost
     assert len({step for step in steps if 0 < step < 120}) >= 5, steps  # it did die all along the way
-    child(CHILD, *flags, "b/run").communicate()
+    for process in waiting:
+        process.communicate("\n")
     assert_same_run("a/run", "b/run")
 
 
@@ -82,7 +97,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
         tiny(train, folder="b/run")
     before = Path("b/run/ckpt.pt").read_bytes()
     process = child(limit + CHILD, *TINY, "--out_dir", "b/run")
-    _, error = process.communicate()
+    _, error = process.communicate("\n")
     last = error.strip().splitlines()[-1]
     assert process.returncode == 2 and "ckpt.pt could not be written" in last and "repeat" in last, error
     assert Path("b/run/ckpt.pt").read_bytes() == before and not list(Path("b/run").glob("*.tmp"))
