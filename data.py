@@ -80,8 +80,8 @@ POOLS = {  # attribute -> everything it can be; a birth date is 28 days x 12 mon
 ATTRIBUTES = list(POOLS)
 
 # How a document words each attribute. Every wording begins with its subject, so a name or a pronoun fits.
-# A new attribute is a line in POOLS, of values that nothing else uses, one here and one in RELATIVE; WIDTH may
-# be too small for it.
+# A new attribute is a line in POOLS, of values that nothing else uses, one here and one in RELATIVE; WIDTH
+# may be too small for it.
 WORDINGS = {
     "birth date": ["was born on {}", "has a birthday on {}", "was delivered on {}", "arrived on {}",
                    "dates from {}"],
