@@ -89,7 +89,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
     run goes on from the checkpoint that stood there to the end of an unbroken one."""
     pytest.importorskip("resource", reason="this system cannot limit the size of files")
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); "
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     unbroken()
     stop_after(13, monkeypatch, press)
@@ -297,7 +297,7 @@ def test_a_run_of_other_people_or_another_model_is_not_asked(name, runs, monkeyp
 @pytest.mark.parametrize("text, reason", (
     ("", "a question"), ("  \n", "a question"), ("Who hates Rome?", "hates"), ("谁", "谁"),
     ("[mask] sings.", "sings"), ("Cur[mask]tis lives", "Cur"), ("*** !", "***"),
-    ("Who " * 5000, "too many"), ("[mask] " * 50, "too many")))
+    ("Who " * 5000, "too many"), ("[mask] " * 500, "too many")))
 def test_what_cannot_be_asked_ends_in_one_line(text, reason, runs, capfd):
     """Empty, with a word that this world lacks, or longer than a row."""
     refused = refusal(capfd, evaluation, "out/masked", "--ask", text)
