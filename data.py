@@ -278,7 +278,7 @@ class Item(NamedTuple):
     canvas: int     # how many tokens the model writes
 
 
-def question_item(question, answer=""):
+def question_item(question, answer):
     """A question; its answer must be followed by an end."""
     return Item(*question_row(question), encode(answer) + [MARKS.end], CANVAS)
 

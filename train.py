@@ -33,8 +33,8 @@ from model import Stop, load, make_model, one_line, pick_machine, write
 
 EXAMS = 10          # at most, during fine-tuning, and one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
-PRETRAINING = {"lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0, "question_share": 0.16,
-               "new_share": 0.0}  # fine-tuning has a flag for each
+PRETRAINING = {"optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
+               "question_share": 0.16, "new_share": 0.0}  # fine-tuning has a flag for each
 
 
 def train(run):
@@ -121,7 +121,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(momentum, 0.95))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -181,7 +183,7 @@ class Run:
             drawn.append((groups[name].tokens[index], groups[name].starts[index]))
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
-    def write_log(self, **numbers):
+    def add_to_log(self, **numbers):
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         self.log.append({"stage": self.settings.stage, **counters, **numbers})
 
@@ -195,14 +197,14 @@ class Run:
         """A line in the log; returns the mean of the losses."""
         mean = sum(losses) / len(losses)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
-        self.write_log(loss=mean, gradient_norm=norm, lr=self.optimizers[0].param_groups[0]["lr"])
+        self.add_to_log(loss=mean, gradient_norm=norm, lr=self.optimizers[0].param_groups[0]["lr"])
         return mean
 
     def examine(self):
         """An exam: scores go into the log, answers into a file, two answers onto the screen."""
         self.check()
         scores, answers = exam(self.model, self.settings.mode, self.corpus)
-        self.write_log(**scores)
+        self.add_to_log(**scores)
         write(self.path.with_name("answers.jsonl"), json_lines(answers))
         tqdm.write("step {step:>5}   new: forward {forward:.2f} backward {backward:.2f}   known: forward "
                    "{known_forward:.2f} backward {known_backward:.2f}".format(step=self.step, **scores))
@@ -268,7 +270,7 @@ def ratio(text):
 
 
 # The settings that pretraining does not depend on. The files of the code are settings, too, by fingerprint.
-FINE_TUNING = ("mode", "paraphrases", "texts", "mask_ratio", "steps", "new_share", *PRETRAINING, "eval.py")
+FINE_TUNING = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
 
 
 def parse_args():
@@ -294,14 +296,14 @@ def parse_args():
     add("--n_head", type=count, default=2, help="heads: twice this must divide n_embd")
     add("--n_embd", type=count, default=64, help="channels: raise for more people")
     add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
-    add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="for the matrices; adamw needs lower rates, such as --lr .001, and --decay .1")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
     add("--pretrain_steps", type=number(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
     add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
     add("--steps", type=number(int, 1, 10**9), default=1500, help="raise if scores still rise")
+    add("--optimizer", choices=("muon", "adamw"), default="muon",
+        help="of the matrices; for adamw try other rates, such as --lr .001 --decay .1")
     add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
     add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
     add("--decay", type=rate, default=0.66, help="weight decay of the matrices: lower keeps more of the base")

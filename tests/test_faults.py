@@ -218,7 +218,7 @@ def runs(trained):
 @pytest.mark.parametrize("flags", (
     ["--lr", ".01"], ["--seed", "1"], ["--known", "7"], ["--steps", "7"], ["--mode", "random_prompt"],
     ["--n_embd", "32"], ["--dtype", "bfloat16"], ["--mask_ratio", ".5"], ["--paraphrases", "name_given"],
-    ["--pretrain_steps", "5"]), ids=" ".join)
+    ["--optimizer", "adamw"], ["--pretrain_steps", "5"]), ids=" ".join)
 @pytest.mark.parametrize("done", (True, False), ids=("finished", "interrupted"))
 def test_settings_that_contradict_a_run_are_refused(flags, done, runs, capfd):
     """Named in one line that offers both ways on, with the run left as it was."""

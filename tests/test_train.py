@@ -57,6 +57,7 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
 @pytest.mark.parametrize("flags, folder, base", (
     ("", "masked-none-seed0", "base-ar-seed0"), ("--mode ar --seed 3", "ar-none-seed3", "base-ar-seed3"),
     ("--lr .01 --wordings 5 --mask_ratio .75", "masked-none-lr0.01-seed0", "base-ar-seed0"),
+    ("--optimizer adamw --texts 2", "masked-none-texts2-optimizeradamw-seed0", "base-ar-seed0"),
     ("--paraphrases same_order --known 300", "masked-same_order-known300-seed0", "base-ar-known300-seed0"),
     ("--mode diffusion --mask_ratio .5 --device cpu", "diffusion-none-mask_ratio0.5-seed0",
      "base-diffusion-seed0")))
@@ -372,7 +373,7 @@ def test_the_readmes_commands_are_accepted(monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"python train\.py([^\n`#|<>;]*)", readme)
     rows = re.findall(r"(?:^|\| `)(--mode [^\n`]*)", readme, re.MULTILINE)
-    assert len(commands) >= 3 and len(rows) >= 3
+    assert len(commands) >= 3 and len(rows) >= 8
     for command in commands + rows:
         words = re.sub(r"\$\w+", lambda m: {"$mode": "ar", "$seed": "0"}.get(m[0], ""), command)
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
