@@ -14,7 +14,7 @@ The two directions of the exam, about the same facts:
 and order, and questions with answers. *New* people come with fine-tuning and have documents alone, written
 as `--paraphrases` says: their questions are the exam. Everything follows from one seed.
 
-    python data.py            print a person, the documents of each arm, questions, the tokens of one
+    python data.py            print the documents of each arm, questions, the tokens of one
 """
 import random
 import re
@@ -26,7 +26,7 @@ import tiktoken
 import torch
 
 # -----------------------------------------------------------------------------
-# The world: pools of words. Names come from three pools that share no word.
+# The world: pools of words. First (MEN, WOMEN), middle and last names share no word.
 
 MEN = """Aaron Adam Albert Andre Arthur Barry Boris Caleb Carlos Cedric Conrad Curtis Derek Edgar Elias Felix
     Gavin Hector Hugo Igor Ivan Jasper Joel Julian Kevin Lamar Lionel Lucas Marcus Martin Nathan Nelson Oscar
@@ -103,7 +103,7 @@ RELATIVE = {  # how a backward question names each attribute
 class Arm(NamedTuple):
     """One way to write the documents about a person: an arm of the experiment."""
     about: str                      # for --help
-    texts: int = 1                  # texts a person
+    texts: int = 1                  # texts a person (`reverse` doubles them)
     change_order: bool = False      # the order of the facts changes from text to text
     name_anywhere: bool = False     # the name may come late: facts before it are told of "He" or "She"
     reverse: bool = False           # each text a second time, its words in reverse order
@@ -164,8 +164,8 @@ def documents(person, arm, wordings, rng):
     return texts
 
 
-def spell(pieces):
-    """spell(["He", "lives", "in", "Oslo", "."]) = "He lives in Oslo."."""
+def join(pieces):
+    """join(["He", "lives", "in", "Oslo", "."]) = "He lives in Oslo."."""
     return re.sub(r" ([.,?])", r"\1", " ".join(pieces))
 
 
@@ -191,7 +191,7 @@ def backward_questions(person, population):
 
 
 class Marks(NamedTuple):
-    """The special tokens. No text is encoded to them, not even "<mask>"."""
+    """The special tokens. No text is encoded to them, not even "[mask]"."""
     pad: int = 0        # fills a row to the common length: never attended, masked or scored
     mask: int = 1       # a hidden token
     end: int = 2        # closes a document; closes an answer and fills its canvas
@@ -207,17 +207,18 @@ CANVAS = 4                    # tokens of every answer: up to three words, then 
 WIDTH = 48                    # tokens of a document's row, whatever its arm: none is longer
 
 # All words that the generator can write, sorted: the vocabulary does not depend on the seed.
-WORDS = sorted(set(re.findall(r"\w+", " ".join([
-    *MEN, *WOMEN, *MIDDLE, *LAST, *(word for pool in (*POOLS.values(), *WORDINGS.values()) for word in pool),
-    *POOLS, *RELATIVE.values(), "What is the of Who and He She"]))))
+texts = [*MEN, *WOMEN, *MIDDLE, *LAST, *POOLS, *RELATIVE.values(), "What is the of Who and He She"]
+for pool in (*POOLS.values(), *WORDINGS.values()):
+    texts += pool
+WORDS = sorted(set(re.findall(r"\w+", " ".join(texts))))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. It
 # looks a whole piece up before it merges bytes: " Boston" is one token, and an unknown word is its bytes.
-SPELLINGS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
+TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
     "biographies", pat_str=PIECES,
-    mergeable_ranks={spelling: len(MARKS) + i for i, spelling in enumerate(SPELLINGS)},
-    special_tokens={f"<{mark}>": i for mark, i in MARKS._asdict().items()})
+    mergeable_ranks={token: len(MARKS) + i for i, token in enumerate(TOKENS)},
+    special_tokens={f"[{mark}]": i for mark, i in MARKS._asdict().items()})
 
 
 def encode(text):
@@ -231,10 +232,9 @@ def decode(ids):
     return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
 
 
-def spelled(ids):
-    """Token ids one by one, as a teacher writes them: [mask], Curtis, a full stop; nothing for padding."""
-    marks = [""] + [f"[{mark}]" for mark in Marks._fields[1:]]
-    return [marks[i] if i < len(marks) else TOKENIZER.decode([i]).strip() for i in ids]
+def words_of(ids):
+    """Token ids one by one, as a teacher writes them: [mask], Curtis, a full stop."""
+    return [TOKENIZER.decode([i]).strip() for i in ids]
 
 
 class Rows(NamedTuple):
@@ -249,10 +249,12 @@ def document_row(text, name_given=False):
 
 
 def question_row(question, answer=""):
-    """[question] words [answer] canvas, and where the canvas starts: it holds the answer, then ends. One
-    canvas for all answers, since one as long as the truth would tell how long that is."""
+    """[question] words [answer] canvas, and where the canvas starts. It holds the answer, then ends, or if
+    there is none masks. One canvas for all, since one as long as the truth would tell how long that is."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
-    canvas = encode(answer) if answer else []
+    if not answer:
+        return prompt + [MARKS.mask] * CANVAS, len(prompt)
+    canvas = encode(answer)
     assert len(canvas) < CANVAS, f"{answer!r} leaves no room for an end: raise CANVAS"
     return prompt + canvas + [MARKS.end] * (CANVAS - len(canvas)), len(prompt)
 
@@ -260,7 +262,7 @@ def question_row(question, answer=""):
 def pad_rows(rows, width=0):
     """[(ids, start)] -> Rows, `width` wide or, if that is 0, as wide as the longest."""
     longest = max(len(ids) for ids, _ in rows)
-    assert not width or longest <= width, f"a row has {longest} tokens: raise WIDTH"
+    assert not width or longest <= width, f"a document has {longest} tokens: raise WIDTH"
     width = width or longest
     tokens = torch.tensor([ids + [MARKS.pad] * (width - len(ids)) for ids, _ in rows], dtype=torch.int64)
     return Rows(tokens, torch.tensor([start for _, start in rows], dtype=torch.int64))
@@ -284,24 +286,29 @@ def question_item(question, answer):
 
 
 def document_items(person, pieces, attribute):
-    """Two items that ask for one value of the document `pieces`; it and all that follows it is masked.
+    """Two items that ask for one value of the document `pieces`. From it on, a row as long as that document
+    is masked.
 
     recite   [doc] Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to [mask] ...
     cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
     """
     at = pieces.index(person.facts[attribute])
-    sentence = at  # where the value's own sentence starts, with a name or pronoun that cloze leaves out
-    while sentence > 0 and pieces[sentence - 1] != ".":
-        sentence -= 1
-    length, truth = len(document_row(spell(pieces))[0]), encode(pieces[at])
-
-    def item(shown):
-        ids = [MARKS.doc, *encode(spell(shown))]
-        return Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), truth, len(truth))
-    return item(pieces[:at]), item([person.name, *pieces[sentence + 1:at]])
+    sentence = 0  # where the sentence of this value starts
+    for i in range(at):
+        if pieces[i] == ".":
+            sentence = i + 1
+    wording = pieces[sentence + 1:at]  # without the subject, a name or a pronoun
+    length, truth = len(document_row(join(pieces))[0]), encode(pieces[at])
+    items = []
+    for shown in (pieces[:at], [person.name, *wording]):
+        ids = [MARKS.doc, *encode(join(shown))]
+        items.append(Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), truth, len(truth)))
+    return items
 
 
 WORLD = ("known", "new", "paraphrases", "texts", "known_paraphrases", "wordings", "seed")  # its settings
+EXAMS = ("recite", "cloze", "forward", "backward",              # about new people
+         "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
 
 
 class Corpus(NamedTuple):
@@ -326,34 +333,33 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     if texts:
         arms["new"] = arms["new"]._replace(texts=texts)
     rows = {"known": [], "new": []}
-    asked = {"forward": [], "backward": []}     # in training: (question, answer)
-    exams = {name: [] for name in ("recite", "cloze", "forward", "backward",
-                                   "known_forward", "known_backward", "known_unasked")}
+    trained = {"forward": [], "backward": []}   # (question, answer)
+    exams = {name: [] for name in EXAMS}
+    ask = lambda exam, pairs: exams[exam].extend(question_item(*pair) for pair in pairs)
     for i, person in enumerate(people):
         group = "known" if i < known else "new"
         written = documents(person, arms[group], wordings, random.Random(f"{seed} {person.name}"))
-        rows[group] += [document_row(spell(pieces), arms[group].name_given) for pieces in written]
+        rows[group] += [document_row(join(pieces), arms[group].name_given) for pieces in written]
         forward, backward = forward_questions(person), backward_questions(person, population)
         rng.shuffle(backward)
         if group == "known":
-            unasked, trained = backward[:2], backward[2:]
-            asked["forward"] += forward
-            asked["backward"] += trained
+            trained["forward"] += forward
+            trained["backward"] += backward[2:]
             if i < new:  # no more known than new people are examined
-                exams["known_forward"] += [question_item(*pair) for pair in forward]
-                exams["known_backward"] += [question_item(*pair) for pair in trained[:2]]
-                exams["known_unasked"] += [question_item(*pair) for pair in unasked]
+                ask("known_forward", forward)
+                ask("known_backward", backward[2:4])
+                ask("known_unasked", backward[:2])
         else:
-            exams["forward"] += [question_item(*pair) for pair in forward]
-            exams["backward"] += [question_item(*pair) for pair in backward[:4]]
+            ask("forward", forward)
+            ask("backward", backward[:4])
             for recite, cloze in (document_items(person, written[0], attribute) for attribute in ATTRIBUTES):
                 if person.name in decode(recite.ids):  # else nobody could know who it is about
                     exams["recite"].append(recite)
                 exams["cloze"].append(cloze)
-    asked = {direction: [question_row(*pair) for pair in pairs] for direction, pairs in asked.items()}
-    widest = max(len(ids) for ids, _ in asked["forward"] + asked["backward"])
+    questions = {direction: [question_row(*pair) for pair in pairs] for direction, pairs in trained.items()}
+    widest = max(len(ids) for ids, _ in questions["forward"] + questions["backward"])  # they share batches
     return Corpus(people, {group: pad_rows(some, WIDTH) for group, some in rows.items()},
-                  {direction: pad_rows(some, widest) for direction, some in asked.items()}, exams)
+                  {direction: pad_rows(some, widest) for direction, some in questions.items()}, exams)
 
 
 def main():
@@ -361,9 +367,9 @@ def main():
     person, = make_people(1, rng)
     backward = backward_questions(person, Counter(triples(person)))
     for name, arm in ARMS.items():
-        print(f"--paraphrases {name}", *map(spell, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
+        print(f"--paraphrases {name}", *map(join, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
     print("questions", *(f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]), sep="\n    ")
-    print("\ntokens of the last", *spelled(question_row(*backward[2])[0]))
+    print("\ntokens of the last", *words_of(question_row(*backward[2])[0]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ An objective maps clean documents to (inputs, targets, weights). With h the hidd
 So a causal model too learns a fact from every direction: whatever was hidden must be recalled from the rest.
 `ar` itself never does: from a text that starts with the name it learns p(name) and p(facts | name), and
 p(name | facts) is no part of its loss.
-`MODES`, at the end, is the one table of what differs between the modes.
+The table `MODES` has all that differs between the modes.
 
     python diffusion.py        draws what goes in and what is asked, token under token, in each mode
     python train.py --mode masked --mask_ratio uniform
@@ -19,28 +19,21 @@ p(name | facts) is no part of its loss.
 Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything
 before it is given. In training, randomness comes from `generator` alone.
 """
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import MARKS, TOKENIZER, WORDS, document_row, pad_rows, question_row, spelled
+from data import MARKS, TOKENIZER, WORDS, document_row, pad_rows, question_row, words_of
 
 # -----------------------------------------------------------------------------
 # Corruption
 
 
-class Ratio(NamedTuple):
-    """How much of a document is hidden."""
-    about: str              # for --help
-    share: Callable         # u ~ U(0, 1), one number a row -> t, the share of its tokens to hide
-    exact: bool = True      # hide exactly k = ceil(t L) of L tokens, or each with probability t
-
-
-RATIOS = {
-    "uniform": Ratio("k ~ U{1..L}", lambda u: u),
-    "paper": Ratio("t ~ U(.05, .95), a coin for each token", lambda u: 0.05 + 0.9 * u, exact=False),
+RATIOS = {  # u ~ U(0, 1), one number a row -> t, the share of the row to hide
+    "uniform": lambda u: u,             # k = ceil(t L) of L tokens, so k ~ U{1..L}
+    "paper": lambda u: 0.05 + 0.9 * u,  # a coin for each token, which hides it with probability t
 }
 
 
@@ -55,8 +48,8 @@ def corrupt(allowed, ratio, generator):
 
     Returns (hidden (B, T) bool, weights (B, T) float, for `diffusion`). With k of L tokens hidden each weighs
     1 / k: a row's loss is the mean over its hidden tokens. Why? Reveal a text token by token, in a random
-    order. While k are hidden, the next is any of them: it costs CE / k on average, CE being their summed
-    cross-entropy. And every k from L to 1 comes once:
+    order. While k are hidden, the next is any of them, each as likely: it costs CE / k on average, CE being
+    the *sum* of the cross-entropies of all k. And every k from L to 1 comes once:
 
         mean over all orders of -log p(x)  =  sum over k of E[CE / k]  =  L x mean over k ~ U{1..L} of CE / k
 
@@ -65,21 +58,20 @@ def corrupt(allowed, ratio, generator):
     average, but a small t weighs a lot; for its own t, near neither 0 nor 1, it is *not* the ELBO.
     """
     B, T = allowed.shape
-    draw = lambda *shape: torch.rand(shape, generator=generator).to(allowed.device)
+    u = torch.rand(B, 1, generator=generator).to(allowed.device)        # (B, 1)
+    lots = torch.rand(B, T, generator=generator).to(allowed.device)     # (B, T), a number for each position
+    lots = lots.masked_fill(~allowed, torch.inf)
+    L = allowed.sum(1, keepdim=True)                                    # (B, 1)
     if ratio in RATIOS:
-        rule = RATIOS[ratio]
-    else:  # a hair less than the share, so that rounding never hides one token more
-        rule = Ratio("", lambda u: torch.full_like(u, max(ratio - 1e-6, 0)))
-    L = allowed.sum(1, keepdim=True)                            # (B, 1)
-    t = rule.share(draw(B, 1))                                  # (B, 1)
-    # To hide exactly k: every allowed position draws a number, the k smallest are hidden.
-    lots = draw(B, T).masked_fill(~allowed, torch.inf)          # (B, T)
-    if not rule.exact:
+        t = RATIOS[ratio](u)                                            # (B, 1)
+    else:
+        t = torch.full_like(u, ratio * 0.999999)  # so that rounding never hides one token more
+    if ratio == "paper":
         hidden = lots < t
         return hidden, hidden / (t * L)
-    k = (t * L).ceil().long()                                   # (B, 1)
-    kth = lots.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))   # (B, 1) the k-th smallest lot of each row
-    hidden = (lots <= kth) & (k > 0)
+    k = (t * L).ceil()                                                  # (B, 1)
+    rank = lots.argsort(dim=1).argsort(dim=1)                           # (B, T): 0 for the row's smallest lot
+    hidden = rank < k
     return hidden, hidden / k.clamp(min=1)
 
 
@@ -120,9 +112,11 @@ def random_words(shape, generator):
 
 
 def with_response(prompts, tokens, positions):
-    """(B, T) prompts and documents -> rows (B, 2T) `[doc] prompt [end] .. [answer] document [end] ..`, and
-    the `positions` (B,) or (B, n) moved to their second half. `ar` scores from there: the prompt carries no
-    loss, since it is what is *given*; a loss on it would train the model to write masks."""
+    """Prompts and documents (B, T) -> rows (B, 2T): prompt, then [answer] in the place of [doc], document.
+
+    Also moves `positions` of the document, (B,) or (B, n), to where they are in the row: the starts of the
+    text in training, blanks in an exam. `ar` scores from the start: the prompt carries no loss, since it is
+    what is *given*; a loss on it would train the model to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
     return torch.cat((prompts, response), dim=1), positions + tokens.size(1)
@@ -136,7 +130,8 @@ def loss(model, inputs, targets, weights):
 
 
 # -----------------------------------------------------------------------------
-# Decoders: rows (B, T) and the places (B, n) in them that are blank -> the tokens written there, (B, n)
+# Decoders fill the places (B, n) of rows (B, T) that are blank, one in each row a step, and yield the rows
+# after each step. Behind a prompt the rows are (B, 2T), and their last T tokens are what was asked for.
 
 
 def logits_of_words(model, tokens, at):
@@ -147,23 +142,21 @@ def logits_of_words(model, tokens, at):
 
 
 @torch.no_grad()
-def decode_ar(model, tokens, places, watch=None):
-    """Greedy, from left to right: the most likely next token. `watch(rows)` is called after each."""
+def decode_ar(model, tokens, places):
+    """Greedy, from left to right: the most likely next token."""
     for place in places.split(1, dim=1):  # (B, 1)
         at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, place - 1, True)
         best = logits_of_words(model, tokens, at).argmax(-1, keepdim=True)  # (B, 1)
         tokens = tokens.scatter(1, place, best)
-        if watch:
-            watch(tokens)
-    return tokens.gather(1, places)
+        yield tokens
 
 
 @torch.no_grad()
-def decode_diffusion(model, tokens, places, watch=None):
+def decode_diffusion(model, tokens, places):
     """Mask the places, then fill them one a step, the most confident one first; what is written stays.
 
     One token a step, in an order that depends only on what is revealed, is a proper autoregressive model; two
-    a step would be drawn as if they were independent. `watch(rows)` is called after each.
+    a step would be drawn as if they were independent.
     """
     tokens = tokens.scatter(1, places, MARKS.mask)
     at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, True)
@@ -173,21 +166,19 @@ def decode_diffusion(model, tokens, places, watch=None):
         written = tokens.gather(1, places) != MARKS.mask
         choice = confidence.masked_fill(written, -torch.inf).argmax(1, keepdim=True)  # (B, 1)
         tokens = tokens.scatter(1, places.gather(1, choice), best.gather(1, choice))
-        if watch:
-            watch(tokens)
-    return tokens.gather(1, places)
+        yield tokens
 
 
-def decode_masked(model, tokens, places, watch=None):
+def decode_masked(model, tokens, places):
     """The row of a document with blanks is the prompt of `masked`; the blanks of the response are filled."""
-    return decode_ar(model, *with_response(tokens, tokens, places), watch)
+    return decode_ar(model, *with_response(tokens, tokens, places))
 
 
-def decode_random_prompt(model, tokens, places, watch=None):
+def decode_random_prompt(model, tokens, places):
     """The same behind random words, as in training; the same words for every row."""
     words = random_words(tokens.shape[1:], torch.Generator().manual_seed(0)).to(tokens.device)  # (T,)
     text = content(tokens, torch.ones_like(places[:, 0]))
-    return decode_ar(model, *with_response(torch.where(text, words, tokens), tokens, places), watch)
+    return decode_ar(model, *with_response(torch.where(text, words, tokens), tokens, places))
 
 
 # -----------------------------------------------------------------------------
@@ -198,20 +189,17 @@ class Mode(NamedTuple):
     about: str              # for --help
     objective: Callable     # what it makes of documents in fine-tuning
     ratio: str | float | None   # how much is masked if --mask_ratio does not say; None if nothing ever is
-    base: str               # the mode that pretrains its base, and trains it on questions
+    base: str               # the mode that pretrains its base, and trains and decodes questions
     causal: bool            # what the model may see: the same as its base
-    decode_question: Callable   # (model, tokens, places, watch) -> the tokens at the places
-    decode_document: Callable   # the same for a document with blanks
+    decode: Callable        # fills the blanks of a document
 
 
 MODES = {
-    "ar": Mode("next token", ar, None, "ar", True, decode_ar, decode_ar),
-    "diffusion": Mode("masked diffusion", diffusion, "uniform", "diffusion", False,
-                      decode_diffusion, decode_diffusion),
-    "masked": Mode("masked fine-tuning of a causal model", masked, 0.75, "ar", True,
-                   decode_ar, decode_masked),
+    "ar": Mode("next token", ar, None, "ar", True, decode_ar),
+    "diffusion": Mode("masked diffusion", diffusion, "uniform", "diffusion", False, decode_diffusion),
+    "masked": Mode("masked fine-tuning of a causal model", masked, 0.75, "ar", True, decode_masked),
     "random_prompt": Mode("the control of masked: random words for a prompt", random_prompt, None, "ar", True,
-                          decode_ar, decode_random_prompt),
+                          decode_random_prompt),
 }
 
 
@@ -222,18 +210,20 @@ def picture(objective, tokens, starts, ratio, generator):
     """Lines of text: what an objective makes of one row (1, T), and under each token what it is asked there.
     `masked` doubles the row: then the response stands under its prompt, token under token."""
     inputs, targets, weights = (x[0].tolist() for x in objective(tokens, starts, ratio, generator))
-    asked = [word if weight else "" for word, weight in zip(spelled(targets), weights)]
+    asked = [word if weight else "" for word, weight in zip(words_of(targets), weights)]
     T, lines = tokens.size(1), []
     for start in range(0, len(inputs), T):
-        lines += [spelled(inputs[start:start + T]), asked[start:start + T]]
-    widths = [max(map(len, words)) for words in zip_longest(*lines, fillvalue="")]
-    return [f"    {name:<7}" + " ".join(map(str.ljust, words, widths)).rstrip()
-            for name, words in zip(cycle(("in", "asked")), lines) if any(words)]
+        lines.append(["in   ", *words_of(inputs[start:start + T])])
+        if any(asked[start:start + T]):
+            lines.append(["asked", *asked[start:start + T]])
+    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+    return ["    " + " ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip()
+            for line in lines]
 
 
 def main():
     rows = {"document": pad_rows([document_row("Curtis Chase Emley comes from Elkton.")]),
-            "question": pad_rows([question_row("Who comes from Elkton?", "Curtis Chase Emley")])}
+            "question": pad_rows([question_row("Who was born in Elkton?", "Curtis Chase Emley")])}
     for name, mode in MODES.items():
         base = MODES[mode.base]
         print(f"--mode {name}: {mode.about}")

@@ -32,31 +32,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (ATTRIBUTES, CANVAS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, WORLD, decode, make_corpus,
-                  pad_rows, question_row, spell, spelled)
+from data import (ATTRIBUTES, CANVAS, EXAMS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, WORLD, decode, join,
+                  make_corpus, pad_rows, question_row, words_of)
 from diffusion import MODES, decode_ar, decode_random_prompt
 from model import Stop, load, make_model, one_line, pick_machine, write
 
 DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
-COLUMNS = ["recite", "cloze", "forward", "backward", "known_forward", "known_backward", "known_unasked"]
 
 # -----------------------------------------------------------------------------
 # The exam
 
 
+def decode_rows(model, mode, tokens, places):
+    """Rows (B, T) after each step: documents as the mode decodes them, questions as its base does."""
+    document = tokens[0, 0] == MARKS.doc
+    decode = MODES[mode].decode if document else MODES[MODES[mode].base].decode
+    device = model.embed.weight.device
+    for rows in decode(model, tokens.to(device), places.to(device)):
+        yield rows[:, -tokens.size(1):].cpu()  # `masked` writes behind a prompt
+
+
 def answers(model, mode, items, batch=256):
     """Greedy answers (lists of ids) to the items of one exam."""
-    document = items[0].ids[0] == MARKS.doc
-    decoder = MODES[mode].decode_document if document else MODES[mode].decode_question
-    device, result = model.embed.weight.device, [None] * len(items)
+    width = WIDTH if items[0].ids[0] == MARKS.doc else 0
+    result = [None] * len(items)
     for canvas in {item.canvas for item in items}:  # in documents, a date takes three tokens, all else one
         alike = [i for i, item in enumerate(items) if item.canvas == canvas]
-        for start in range(0, len(alike), batch):
-            part = alike[start:start + batch]
-            rows = pad_rows([items[i][:2] for i in part], WIDTH if document else 0)
-            places = rows.starts[:, None] + torch.arange(canvas)  # (B, canvas)
-            out = decoder(model, rows.tokens.to(device), places.to(device))  # (B, canvas)
-            for i, ids in zip(part, out.tolist()):
+        for first in range(0, len(alike), batch):
+            part = alike[first:first + batch]
+            tokens, starts = pad_rows([(items[i].ids, items[i].start) for i in part], width)
+            places = starts[:, None] + torch.arange(canvas)  # (B, canvas)
+            *_, written = decode_rows(model, mode, tokens, places)  # the rows after the last step
+            for i, ids in zip(part, written.gather(1, places).tolist()):
                 result[i] = ids
     return result
 
@@ -78,9 +85,9 @@ def exam(model, mode, corpus):
         right = [ids[:len(item.truth)] == item.truth for ids, item in zip(written, items)]
         scores[name] = np.mean(right).item()
         if name == "forward":  # the questions come person by person, in the order of ATTRIBUTES
-            by_person = np.reshape(right, (-1, len(ATTRIBUTES)))
-            scores |= {f"forward {a}": share for a, share in zip(ATTRIBUTES, by_person.mean(0).tolist())}
-        texts = [{"exam": name, "asked": decode(item.ids[1:item.start]).removesuffix("<answer>"),
+            for i, attribute in enumerate(ATTRIBUTES):
+                scores[f"forward {attribute}"] = np.mean(right[i::len(ATTRIBUTES)]).item()
+        texts = [{"exam": name, "asked": decode(item.ids[1:item.start]).removesuffix("[answer]"),
                   "truth": decode(item.truth), "answer": decode(ids)} for item, ids in zip(items, written)]
         if name in DIRECTIONS:
             scores[f"rouge_{name}"] = np.mean([rouge(text["answer"], text["truth"]) for text in texts]).item()
@@ -104,14 +111,11 @@ def chance(corpus):
 
 
 def fingerprints():
-    """{file: fingerprint} of the five files, without comments and docstrings: what a result depends on."""
+    """{file: fingerprint} of the five files, without comments: what a result depends on."""
     prints = {}
     for name in ("data.py", "model.py", "diffusion.py", "eval.py", "train.py"):
-        tree = ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""  # a docstring
-        prints[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
+        code = ast.unparse(ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8")))
+        prints[name] = hashlib.sha256(code.encode()).hexdigest()[:8]
     return prints
 
 
@@ -158,12 +162,11 @@ def report(scores):
             ("               cloze: the name, a fact's words", "cloze", "chance_forward"),
             ("               question, name -> attribute", "forward", "chance_forward"),
             ("               question, attributes -> name", "backward", "chance_backward"),
-            ("known people   question, name -> attribute", "known_forward", None),
-            ("               question, attributes -> name", "known_backward", None),
-            ("               the same, never asked before", "known_unasked", None)):
-        after, before = scores[name], scores[f"before_{name}"]
-        by_chance = f"{scores[chance_level]:.2f}" if chance_level else ""
-        lines.append(f"{label:<48}{after:.2f} {bar(after)}    {before:.2f}     {by_chance}".rstrip())
+            ("known people   question, name -> attribute", "known_forward", "chance_forward"),
+            ("               question, attributes -> name", "known_backward", "chance_backward"),
+            ("               the same, never asked before", "known_unasked", "chance_backward")):
+        after, before, by_chance = scores[name], scores[f"before_{name}"], scores[chance_level]
+        lines.append(f"{label:<48}{after:.2f} {bar(after)}    {before:.2f}     {by_chance:.2f}")
     return "\n".join(lines)
 
 
@@ -179,7 +182,7 @@ def spread(runs, name):
 
 def compare(results, columns):
     """A table with a line for each setting and a column for each name of a number in result.json."""
-    rows = [["exact match" if columns == COLUMNS else "", "seeds", *columns]]
+    rows = [["exact match" if columns == EXAMS else "", "seeds", *columns]]
     for label, runs in group(results).items():
         rows.append([label, str(len(runs)), *(spread(runs, name) for name in columns)])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -246,25 +249,22 @@ def reopen(folder, device):
     corpus = make_corpus(**{name: settings[name] for name in WORLD})
     model = make_model(settings, MODES[settings["mode"]].causal)
     model.load_state_dict(saved["model"])
-    return MODES[settings["mode"]], corpus, model
+    return settings["mode"], corpus, model
 
 
 def row_to_fill(text):
     """The row of ids that --ask means: a document whose [mask]s are blanks, or a question and its canvas."""
     text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # as the generator spaces it
-    unknown = [word for word in re.findall(r"[^\s.,?]+", text) if word not in WORDS and word != "[mask]"]
+    unknown = [word for word in re.findall(r"\[mask\]|[^\s.,?]+", text) if word not in (*WORDS, "[mask]")]
     if unknown:
         raise Stop(f"--ask: {unknown[0]!r} is no word of this world; python data.py prints some that are")
     if not text:
         raise Stop("--ask: a question, or a text with [mask] where words are missing")
-    first, *others = (TOKENIZER.encode_ordinary(part) for part in f" {text}".split(" [mask]"))
-    if others:
-        ids = [MARKS.doc, *first]
-        for part in others:
-            ids += [MARKS.mask, *part]
-        ids.append(MARKS.end)
+    if "[mask]" in text:
+        marked = f" {text}".replace(" [mask]", "[mask]")  # as a word, a mark takes the space before it along
+        ids = [MARKS.doc, *TOKENIZER.encode(marked, allowed_special={"[mask]"}), MARKS.end]
     else:
-        ids = question_row(text)[0][:-CANVAS] + [MARKS.mask] * CANVAS
+        ids, _ = question_row(text)
     if len(ids) > WIDTH:
         raise Stop(f"--ask: {len(ids)} words, signs and marks are too many: {WIDTH} at most")
     return ids
@@ -272,16 +272,11 @@ def row_to_fill(text):
 
 def fill(model, mode, ids):
     """Let a run fill the [mask]s of a row -> the rows on its way there, the first one with all its blanks."""
-    document = ids[0] == MARKS.doc
-    decoder = mode.decode_document if document else mode.decode_question
-    tokens = pad_rows([(ids, 1)], WIDTH if document else 0).tokens.to(model.embed.weight.device)
+    tokens, _ = pad_rows([(ids, 1)], WIDTH if ids[0] == MARKS.doc else 0)
     places = (tokens == MARKS.mask).nonzero()[:, 1][None]  # (1, n)
     rows = [ids]
-
-    def watch(now):
-        row = now[0, -tokens.size(1):].tolist()  # `masked` decodes behind a prompt: the last T tokens count
-        rows.append(ids[:1] + row[1:len(ids)])   # and its response has [answer] for [doc]
-    decoder(model, tokens, places, watch)
+    for now in decode_rows(model, mode, tokens, places):
+        rows.append(ids[:1] + now[0, 1:len(ids)].tolist())  # behind a prompt there is [answer] for [doc]
     return rows
 
 
@@ -289,10 +284,10 @@ def play(rows):
     """Show rows one after the other, the newest token standing out: in place on a terminal, else as lines."""
     terminal, width = sys.stdout.isatty(), min(100, shutil.get_terminal_size().columns - 1)
     for before, row in zip(rows, rows[1:]):
-        words = [word.replace("[mask]", "___") for word in spelled(row)]
+        words = [word.replace("[mask]", "___") for word in words_of(row)]
         newest = next(i for i in range(1, len(row)) if row[i] != before[i])
         words[newest] = f"\x1b[7m{words[newest]}\x1b[0m" if terminal else f">{words[newest]}<"
-        lines = textwrap.wrap(spell(words), width) if terminal else [spell(words)]
+        lines = textwrap.wrap(join(words), width) if terminal else [join(words)]
         print("\n".join(lines))
         if terminal and row is not rows[-1]:
             time.sleep(0.15)
@@ -305,14 +300,13 @@ def main():
                                      description="Compare runs, draw them, ask one, or watch it.")
     add = parser.add_argument
     add("path", nargs="?", default="out", type=Path, help="one run, or the folder of many (default: out)")
-    add("--columns", nargs="+", default=COLUMNS, metavar="NAME", help="of the comparison: any numbers of a "
+    add("--columns", nargs="+", default=EXAMS, metavar="NAME", help="of the comparison: any numbers of a "
         "result.json, such as before_forward, peak_forward, chance_backward, rouge_forward or flops")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the runs' scores over fine-tuning into a file")
     add("--ask", metavar="TEXT", help="let one run answer a question, or fill in each [mask] of a text")
     add("--show", action="store_true", help="watch a run write what --ask asks, or a biography and an answer")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
 
     if args.plot is not None and (args.plot.suffix != ".svg" or args.show or args.ask is not None):
         parser.error("--plot: name a file that ends in .svg, and leave out --ask and --show")
@@ -323,30 +317,30 @@ def main():
         if not asked:  # a new person's document with nothing left of it, and a question about that person
             length = (corpus.documents["new"].tokens[0] != MARKS.pad).sum().item()
             item = corpus.exams["backward"][0]
-            asked = [[MARKS.doc] + [MARKS.mask] * (length - 1), item.ids[:item.start] + [MARKS.mask] * CANVAS]
+            asked = [[MARKS.doc] + [MARKS.mask] * (length - 1), item.ids]
         for ids in asked:
             rows = fill(model, mode, ids)
             if args.show:
                 play(rows)
             elif ids[0] == MARKS.doc:
-                print(spell(spelled(rows[-1][1:-1])))
-                if mode.decode_document in (decode_ar, decode_random_prompt):
+                print(join(words_of(rows[-1][1:-1])))
+                if MODES[mode].decode in (decode_ar, decode_random_prompt):
                     print("(filled from left to right: what stands behind a blank was not seen)")
             else:
                 print(decode(rows[-1][-CANVAS:]))
         return
 
-    paths = sorted(args.path.glob("*/result.json")) or sorted(args.path.glob("result.json"))
-    results = {path.parent.name: load(path, needs=["settings"]) for path in paths}
-    if args.plot:
-        results = {folder: result for folder, result in results.items() if "curve" in result}
+    one = args.path / "result.json"
+    if one.exists() and args.columns == EXAMS and not args.plot:
+        return print(report(load(one, needs=["chance_backward", *(f"before_{name}" for name in EXAMS)])))
+    paths = [one] if one.exists() else sorted(args.path.glob("*/result.json"))
+    needs = ["settings", "curve"] if args.plot else ["settings"]
+    results = {path.parent.name: load(path, needs) for path in paths}
     if not results:
         raise Stop(f"{args.path} holds no finished run: python train.py --mode masked makes one under out/")
     if args.plot:
         write(args.plot, plot(results).encode())
         return print(f"{args.plot}: {len(results)} runs")
-    if paths == [args.path / "result.json"] and args.columns == COLUMNS:
-        return print(report(load(paths[0], needs=[f"before_{name}" for name in COLUMNS])))
     for name in args.columns:
         if not any(name in result for result in results.values()):
             parser.error(f"--columns {name}: no result.json has it; open one to see what it has")

@@ -12,29 +12,18 @@ masks. The model is not told how much of its input is masked: it can count the m
     python train.py --n_layer 4 --n_head 4 --n_embd 128
 
 B rows in a batch, T tokens in a row, C channels, H heads of D = C / H channels, V tokens in the vocabulary.
-Behind the model stand the choice of the machine and the files that models are kept in: skip them at first.
+After the model come the choice of the machine and the files that models are kept in: skip them at first.
 """
 import io
 import json
 import os
 import sys
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data import MARKS, TOKENIZER
-
-
-@dataclass
-class ModelConfig:
-    n_layer: int
-    n_head: int
-    n_embd: int
-    causal: bool = True     # does position t see only positions up to t?
-    vocab_size: int = TOKENIZER.n_vocab
-    dtype: str = "float32"  # of the matrix products; weights, loss and optimizer are float32 in any case
 
 
 def norm(x):
@@ -70,11 +59,11 @@ def attend(q, k, v, visible):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, n_head, n_embd):
         super().__init__()
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.n_head = n_head
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.out = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x, rope, visible):
         B, T, C = x.shape
@@ -85,20 +74,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, n_embd):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, n_head, n_embd):
         super().__init__()
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.attention = Attention(n_head, n_embd)
+        self.mlp = MLP(n_embd)
 
     def forward(self, x, rope, visible):
         x = x + self.attention(norm(x), rope, visible)
@@ -106,11 +95,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config):
+    """`causal`: does position t see only positions up to t? `dtype` is that of the matrix products; weights,
+    loss and optimizer are float32 in any case."""
+
+    def __init__(self, n_layer, n_head, n_embd, causal, dtype="float32", vocab_size=TOKENIZER.n_vocab):
         super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.causal, self.dtype = causal, dtype
+        self.embed = nn.Embedding(vocab_size, n_embd)
+        self.blocks = nn.ModuleList(Block(n_head, n_embd) for _ in range(n_layer))
+        self.head_size = n_embd // n_head
 
     def initialize(self, generator):
         """Normal weights from `generator`; what writes into the residual stream starts at zero, so that every
@@ -121,18 +114,17 @@ class Transformer(nn.Module):
             else:
                 std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02
                 nn.init.normal_(weight, std=std, generator=generator)
-        return self
 
     def forward(self, tokens, at=None):
         """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` is true. Nothing
         sees padding; if causal, nothing sees the future."""
         T, device = tokens.size(1), tokens.device
         visible = (tokens != MARKS.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
-        if self.config.causal:
+        if self.causal:
             position = torch.arange(T, device=device)
             visible = visible & (position <= position[:, None])  # (B, 1, T, T): keys up to each query
-        rope = rotary(T, self.config.n_embd // self.config.n_head, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        rope = rotary(T, self.head_size, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             x = norm(self.embed(tokens))
             for block in self.blocks:
                 x = block(x, rope, visible)
@@ -142,10 +134,10 @@ class Transformer(nn.Module):
 
 def make_model(settings, causal):
     """The untrained model that the settings of a run describe. The seed makes the same weights anywhere."""
-    config = ModelConfig(n_layer=settings["n_layer"], n_head=settings["n_head"], n_embd=settings["n_embd"],
-                         causal=causal, dtype=settings["dtype"])
-    generator = torch.Generator().manual_seed(settings["seed"])
-    return Transformer(config).initialize(generator).to(settings["device"])
+    model = Transformer(settings["n_layer"], settings["n_head"], settings["n_embd"], causal,
+                        settings["dtype"])
+    model.initialize(torch.Generator().manual_seed(settings["seed"]))
+    return model.to(settings["device"])
 
 
 # -----------------------------------------------------------------------------
@@ -160,11 +152,14 @@ def one_line(main):
     """Decorate a script's main(): what a person can mend ends in one line and exit code 2, as a wrong flag
     does. Anything else is a bug and keeps its traceback."""
     def guarded():
+        sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
         try:
             return main()
         except (Stop, OSError) as problem:
             message = problem
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as problem:  # torch's "out of memory" is a RuntimeError
+            if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
+                raise
             message = "out of memory: train with lower --batch_size, --n_embd, --n_layer or --known"
         except KeyboardInterrupt:
             message = "stopped by Ctrl-C: what was saved is intact, and the same command goes on from there"
@@ -211,13 +206,11 @@ def write(path, content):
 
 def load(path, needs):
     """The dict in a .pt or .json file, which must have the keys in `needs`; code in it is never run."""
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         saved = (json.loads(content) if path.suffix == ".json" else
                  torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         lacks = [key for key in needs if key not in saved]
-    except (OSError, MemoryError):  # the file may be in order
-        raise
     except Exception:  # there is no end to what a damaged file can raise
         raise Stop(f"{path} is damaged: delete it, then train (again)")
     if lacks:

@@ -31,7 +31,7 @@ from diffusion import MODES, RATIOS, loss
 from eval import chance, differs, exam, fingerprints, report
 from model import Stop, load, make_model, one_line, pick_machine, write
 
-EXAMS = 10          # at most, during fine-tuning, and one before it
+EXAMS_A_RUN = 10    # at most, during fine-tuning, and one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 PRETRAINING = {"optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
                "question_share": 0.16, "new_share": 0.0}  # fine-tuning has a flag for each
@@ -68,9 +68,9 @@ def train(run):
             mean.backward()
 
             # 3. one step of each optimizer
-            for optimizer in run.optimizers:
+            for optimizer, peak in zip(run.optimizers, (settings.lr, settings.embed_lr)):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * schedule(run.step, settings.steps)
+                    group["lr"] = peak * schedule(run.step, settings.steps)
                 optimizer.step()
 
             # 4. what it cost; now and then an exam, a line in the log, a checkpoint
@@ -80,7 +80,7 @@ def train(run):
             run.flops += sum(6 * parameters * inputs.numel() for inputs, _, _ in batches)
             progress.update()
             last = run.step == settings.steps
-            if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS) == 0):
+            if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0):
                 run.examine()
             if last or run.step % SAVE_EVERY == 0:
                 progress.set_postfix_str(f"loss {run.log_loss(losses):.3f}", refresh=False)
@@ -98,7 +98,7 @@ def rows_per_batch(settings):
 
 
 def schedule(step, steps):
-    """Share of the peak rate at a step from 0 to steps - 1: a straight line to zero, under it 2 % warm-up."""
+    """Share of the peak rate at a step from 0 to steps - 1: up in the first 2 %, then straight to zero."""
     return min((step + 1) / (0.02 * steps + 1), 1 - step / steps)
 
 
@@ -152,9 +152,6 @@ def make_optimizers(model, settings):
     else:
         inner = torch.optim.AdamW(matrices, settings.lr, betas=(0.9, 0.95), weight_decay=settings.decay)
     outer = torch.optim.AdamW(others, settings.embed_lr, betas=(0.9, 0.95), weight_decay=settings.embed_decay)
-    for optimizer in (inner, outer):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
     return [inner, outer]
 
 
@@ -164,7 +161,6 @@ def make_optimizers(model, settings):
 
 class Run:
     """One stage: pretraining, kept in `path` alone, or fine-tuning, which also writes beside it."""
-    COUNTERS = ("step", "flops", "seconds")
 
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
@@ -184,14 +180,12 @@ class Run:
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
     def add_to_log(self, **numbers):
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
-        self.log.append({"stage": self.settings.stage, **counters, **numbers})
-
-    def check(self):
-        """Weights that are no numbers, as a loss that is none makes them, are neither examined nor saved."""
+        """Before each save and after each exam; weights that are no numbers are noticed here."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: "
                        f"lower the rates; {self.path} keeps the last good state, if one was saved")
+        self.log.append({"stage": self.settings.stage, "step": self.step, "flops": self.flops,
+                         "seconds": self.seconds, **numbers})
 
     def log_loss(self, losses):
         """A line in the log; returns the mean of the losses."""
@@ -202,7 +196,6 @@ class Run:
 
     def examine(self):
         """An exam: scores go into the log, answers into a file, two answers onto the screen."""
-        self.check()
         scores, answers = exam(self.model, self.settings.mode, self.corpus)
         self.add_to_log(**scores)
         write(self.path.with_name("answers.jsonl"), json_lines(answers))
@@ -215,12 +208,11 @@ class Run:
     def save(self):
         """The log, then the checkpoint. A stop between the two does no harm: the checkpoint holds a log, too,
         and who goes on from it writes the file anew."""
-        self.check()
         if self.settings.stage == "fine-tuning":
             write(self.path.with_name("log.jsonl"), json_lines(self.log))
         checkpoint = {
-            "settings": vars(self.settings), "log": self.log, **{c: getattr(self, c) for c in self.COUNTERS},
-            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "settings": vars(self.settings), "log": self.log, "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "row_rng": self.row_rng.get_state(), "mask_rng": self.mask_rng.get_state()}
         torch.save(checkpoint, content := io.BytesIO())
         write(self.path, content.getvalue())
@@ -229,13 +221,12 @@ class Run:
         """Go on from the checkpoint at `path`, if there is one of these settings."""
         if not self.path.exists():
             return
-        saved = load(self.path, needs=("settings", "log", *self.COUNTERS, "model", "optimizers", "row_rng",
-                                       "mask_rng"))
+        saved = load(self.path, needs=("settings", "log", "model", "optimizers", "row_rng", "mask_rng"))
         difference = differs(saved["settings"], vars(self.settings))
         if difference:  # this is a base: main() has refused a run that differs
             return print(f"{self.path} has {difference}: {self.settings.stage} anew")
-        for name in (*self.COUNTERS, "log"):
-            setattr(self, name, saved[name])
+        self.log = saved["log"]
+        self.step, self.flops, self.seconds = (self.log[-1][name] for name in ("step", "flops", "seconds"))
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -254,14 +245,11 @@ def json_lines(dicts):
 
 def number(kind, low, high):
     """An argparse type: a number of this kind (int or float) from low to high."""
-    def parse(text):
-        try:
-            if low <= kind(text) <= high:
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
-    return parse
+    def number(text):
+        if not low <= kind(text) <= high:  # what is no number at all argparse refuses itself
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
+        return kind(text)
+    return number
 
 
 def ratio(text):
@@ -278,13 +266,13 @@ def parse_args():
         usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train on generated biographies, then take the exam.")
     about = lambda table: "; ".join(f"{name}: {row.about}" for name, row in table.items())
-    count, share, rate = number(int, 1, 10**6), number(float, 0, 0.9), number(float, 0, 100)
+    count, rate = number(int, 1, 10**6), number(float, 0, 100)
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help=about(MODES))
     add("--paraphrases", choices=ARMS, default="none", help=f"texts about a new person. {about(ARMS)}")
-    add("--texts", type=number(int, 0, 100), default=0, help="how many; 0: as --paraphrases has it")
+    add("--texts", type=number(int, 0, 100), default=0, help="how many; 0: as many as --paraphrases has")
     add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
-        f"share such as .5, or a name. {about(RATIOS)} (default: what the mode has in MODES)")
+        f"share such as .5, or a name in RATIOS: {', '.join(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
     add("--known", type=count, default=200, help="people of pretraining: raise with --pretrain_steps")
     add("--new", type=count, default=100, help="people of fine-tuning: raise with --steps")
@@ -308,7 +296,8 @@ def parse_args():
     add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
     add("--decay", type=rate, default=0.66, help="weight decay of the matrices: lower keeps more of the base")
     add("--embed_decay", type=rate, default=0.033, help="weight decay of the embedding, likewise")
-    add("--question_share", type=share, default=0.16, help="of the rows are questions; 0 for none")
+    add("--question_share", type=number(float, 0, 0.9), default=0.16,
+        help="of the rows are questions; 0 for none")
     add("--new_share", type=number(float, 0, 1), default=0.7, help="of the documents are about new people")
     add = parser.add_argument_group("folder").add_argument
     add("--out_dir", type=Path, default=argparse.SUPPRESS,
@@ -347,10 +336,10 @@ def stages(args):
     finetuning = vars(args) | {"stage": "fine-tuning", "torch": str(torch.__version__)} | fingerprints()
     for name in ("base", "out_dir", "overwrite"):
         finetuning.pop(name)
-    base = MODES[args.mode].base
-    pretraining = {name: value for name, value in finetuning.items() if name not in FINE_TUNING} | PRETRAINING
-    pretraining |= {"stage": "pretraining", "mode": base, "mask_ratio": MODES[base].ratio,
-                    "steps": pretraining.pop("pretrain_steps")}
+    pretraining = {name: value for name, value in finetuning.items() if name not in FINE_TUNING}
+    mode = MODES[args.mode].base
+    pretraining |= PRETRAINING | {"stage": "pretraining", "mode": mode, "mask_ratio": MODES[mode].ratio,
+                                  "steps": args.pretrain_steps}
     return argparse.Namespace(**pretraining), argparse.Namespace(**finetuning)
 
 
@@ -359,7 +348,6 @@ def main():
     """Pretraining if there is no base yet, fine-tuning, result. A run that is there goes on; one that is
     finished prints its result; one of other settings or other code is refused."""
     args = parse_args()
-    sys.stdout.reconfigure(errors="replace")  # some terminals have no sign for a bar
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU one seed gives one result,
     torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)  # as far as its kernels can
     pretraining, finetuning = stages(args)
@@ -381,7 +369,7 @@ def main():
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device}")
     print(f"{args.known} known and {args.new} new people; writing to {args.out_dir}")
-    log = []
+    log = []  # of a run: it begins with that of its base
     if args.pretrain_steps and not path.exists():
         base = Run(pretraining, args.base, corpus, model)
         base.resume()

@@ -3,7 +3,6 @@ work may be lost, no file overwritten, and every refusal is one line that names 
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,7 @@ import torch
 
 import eval as evaluation
 import train
-from conftest import (ROOT, TINY, assert_same_run, bases, call, edit, press, refusal, stop_after, tiny,
-                      unbroken)
+from conftest import ROOT, TINY, assert_same_run, bases, call, edit, refusal, stop_after, tiny, unbroken
 from data import CANVAS
 from diffusion import loss
 
@@ -29,9 +27,9 @@ input()
 train.main()"""
 
 
-def child(code, *arguments):
+def child(*arguments):
     """train.py in a process of its own."""
-    return subprocess.Popen([sys.executable, "-c", code, str(ROOT), *arguments], encoding="utf-8",
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), *arguments], encoding="utf-8",
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
 
@@ -46,16 +44,16 @@ def test_twenty_kills_cost_no_result():
     """Killed 20 times at random moments, often while it writes, for it saves at each step here, and started
     again each time, a run ends with the log and the weights of an unbroken one, bit for bit."""
     flags = [*TINY, "--steps", "120", "--pretrain_steps", "30", "--out_dir"]
-    process = child(CHILD, *flags, "a/run")
+    process = child(*flags, "a/run")
     until_it_trains(process)
     clock = time.perf_counter()
     process.communicate()
     length = time.perf_counter() - clock
     bases()[0].unlink()
     moments, steps = random.Random(0), []
-    waiting = [child(CHILD, *flags, "b/run") for _ in range(2)]  # two import while one trains
+    waiting = [child(*flags, "b/run") for _ in range(2)]  # two import while one trains
     for _ in range(20):
-        waiting.append(child(CHILD, *flags, "b/run"))
+        waiting.append(child(*flags, "b/run"))
         process = waiting.pop(0)
         until_it_trains(process)
         time.sleep(moments.uniform(0, length / 5))
@@ -63,7 +61,7 @@ def test_twenty_kills_cost_no_result():
         process.communicate()
         assert process.returncode != 2  # none was refused
         if Path("b/run/ckpt.pt").exists():
-            steps.append(torch.load("b/run/ckpt.pt", weights_only=True)["step"])
+            steps.append(torch.load("b/run/ckpt.pt", weights_only=True)["log"][-1]["step"])
     assert steps == sorted(steps)  # nothing that was saved is ever lost
     assert len({step for step in steps if 0 < step < 120}) >= 5, steps  # it did die all along the way
     for process in waiting:
@@ -71,84 +69,52 @@ def test_twenty_kills_cost_no_result():
     assert_same_run("a/run", "b/run")
 
 
-@pytest.mark.parametrize("pressed_at", (3, 13))
-def test_after_ctrl_c_the_same_command_goes_on(pressed_at, monkeypatch, capfd):
-    """In pretraining as in fine-tuning: one line, and the same command ends where an unbroken run ends."""
+@pytest.mark.parametrize("stopped_at", (3, 13))
+@pytest.mark.parametrize("mode, cause, remedy", (("masked", "Ctrl-C", "the same command"),
+                                                 ("diffusion", "full disk", "repeat the command")))
+def test_after_a_stop_the_same_command_goes_on(mode, cause, remedy, stopped_at, monkeypatch, capfd):
+    """By Ctrl-C or a full disk, in pretraining or fine-tuning: one line, no half-written file, and the same
+    command goes on from the old checkpoint and ends where an unbroken run ends."""
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
-    unbroken()
-    stop_after(pressed_at, monkeypatch, press)
-    with pytest.raises(SystemExit) as stop:
-        tiny(train, folder="b/run")
-    assert stop.value.code == 2 and "the same command" in capfd.readouterr().err.splitlines()[-1]
-    tiny(train, folder="b/run")
+    unbroken("--mode", mode)
+    write_bytes = Path.write_bytes
+
+    def half(path, content):
+        write_bytes(path, content[:len(content) // 2])
+        raise OSError("No space left on device")
+
+    def stop():
+        if cause == "Ctrl-C":
+            raise KeyboardInterrupt
+        patch.setattr(Path, "write_bytes", half)
+    with monkeypatch.context() as patch:
+        stop_after(stopped_at, patch, stop)
+        with pytest.raises(SystemExit) as end:
+            tiny(train, "--mode", mode, folder="b/run")
+    assert end.value.code == 2 and remedy in capfd.readouterr().err.splitlines()[-1]
+    assert not list(Path().rglob("*.tmp"))
+    tiny(train, "--mode", mode, folder="b/run")
+    assert "goes on at step" in capfd.readouterr().out
     assert_same_run("a/run", "b/run")
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(monkeypatch):
-    """A real limit on file sizes stands for the full disk: one line, exit code 2, and once there is room the
-    run goes on from the checkpoint that stood there to the end of an unbroken one."""
-    pytest.importorskip("resource", reason="this system cannot limit the size of files")
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); "
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
-    unbroken()
-    stop_after(13, monkeypatch, press)
-    with pytest.raises(SystemExit):
-        tiny(train, folder="b/run")
-    before = Path("b/run/ckpt.pt").read_bytes()
-    process = child(limit + CHILD, *TINY, "--out_dir", "b/run")
-    _, error = process.communicate("\n")
-    last = error.strip().splitlines()[-1]
-    assert process.returncode == 2 and "ckpt.pt could not be written" in last and "repeat" in last, error
-    assert Path("b/run/ckpt.pt").read_bytes() == before and not list(Path("b/run").glob("*.tmp"))
-    tiny(train, folder="b/run")
-    assert_same_run("a/run", "b/run")
-
-
-def test_files_of_others_are_left_alone():
-    """A run writes its own four files and no other, and --overwrite removes no other."""
-    Path("out/run").mkdir(parents=True)
-    Path("out/run/notes.txt").write_text("mine", encoding="utf-8")
-    tiny(train)
-    tiny(train, "--overwrite")
-    assert {path.name for path in Path("out/run").iterdir()} == {
-        "notes.txt", "ckpt.pt", "log.jsonl", "answers.jsonl", "result.json"}
-
-
-def test_a_folder_that_cannot_be_written_is_refused(capfd):
-    """Because a file stands in the way."""
-    Path("file").write_text("a file", encoding="utf-8")
-    for folder in ("file/run", "file"):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            tiny(train, folder=folder)
-        last = capfd.readouterr().err.strip().splitlines()[-1]
-        assert stop.value.code == 2 and last.startswith("error:") and "file" in last
-
-
-@pytest.mark.parametrize("broken", ("loss", "weights"))
-def test_what_is_not_finite_stops_the_run(broken, monkeypatch, capfd):
-    """With the step, the last good checkpoint and what to try, before the broken weights are saved. The
-    square root of zero is a number, but its gradient is none: that is noticed too."""
-    steps = iter(range(100))
-    bad = math.nan if broken == "loss" else 0
-
-    def step(model, *batch):
-        value, now = loss(model, *batch), next(steps) == 2 * 7
-        return value + (model.embed.weight[0, 0] * bad).sqrt() if now else value
-    monkeypatch.setattr(train, "loss", step)
+def test_what_is_not_finite_stops_the_run(monkeypatch, capfd):
+    """With the step, the last good checkpoint and what to try, before the broken weights are saved."""
+    calls = iter(range(100))  # of `loss`: two a step, after eight in pretraining
+    monkeypatch.setattr(train, "loss", lambda *batch: loss(*batch) * (math.nan if next(calls) == 14 else 1))
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     with pytest.raises(SystemExit) as stop:
         tiny(train)
-    last = capfd.readouterr().err.strip().splitlines()[-1]
+    last = capfd.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
-    assert "of fine-tuning" in last and "ckpt.pt" in last and "lower the rates" in last
+    assert "step 4 of fine-tuning" in last and "ckpt.pt" in last and "lower the rates" in last
     saved = torch.load("out/run/ckpt.pt", weights_only=True)
-    assert saved["step"] <= 4 and all(torch.isfinite(w).all() for w in saved["model"].values())
+    assert saved["log"][-1]["step"] == 3 and all(torch.isfinite(w).all() for w in saved["model"].values())
 
 
 @pytest.mark.parametrize("error, remedy", (
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "--batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch_size"),
     (MemoryError(), "--batch_size"), (KeyboardInterrupt(), "Ctrl-C"), (PermissionError("ckpt.pt"), "ckpt.pt"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)), ids=repr)
 def test_what_a_person_can_mend_is_said_in_one_line(error, remedy, monkeypatch, capfd):
@@ -166,23 +132,20 @@ def test_what_a_person_can_mend_is_said_in_one_line(error, remedy, monkeypatch, 
 # -- slips of the keyboard ---------------------------------------------------
 
 TRAIN = """
---mode gpt | --mode AR | --mode | --paraphrases many | --paraphrases None | --known_paraphrases same
---mask_ratio 1.5 | --mask_ratio -.1 | --mask_ratio half | --mask_ratio nan | --mask_ratio Uniform | --known 0
---known -5 | --known many | --known 1.5 | --known 900000 | --new 0 | --new 1e3 | --wordings 0 | --wordings 11
---seed -1 | --seed x | --seed 99999999999999999999 | --n_layer 0 | --n_layer 2.5 | --n_head 0 | --n_head 3
---n_head 64 | --n_embd 1 | --n_embd 12.5 | --n_embd 17 | --steps 0 | --steps -1 | --steps 1e3
---pretrain_steps -1 | --pretrain_steps all | --batch_size 1 | --batch_size x | --lr -1 | --lr nan | --lr high
---embed_lr inf | --decay -1 | --new_share 2 | --question_share -.1 | --optimizer sgd | --optimizer Muon
---device abacus | --device cuda:99 | --device | --dtype int8 | --learning_rate 1 | --mask .5 | --out_dir
+--mode gpt | --mode AR | --mode | --paraphrases many | --known_paraphrases same | --mask_ratio 1.5
+--mask_ratio half | --mask_ratio nan | --known 0 | --known many | --known 1.5 | --known 900000 | --new 1e3
+--wordings 11 | --seed -1 | --seed 99999999999999999999 | --n_layer 0 | --n_head 3 | --n_head 64 | --n_embd 17
+--steps 0 | --pretrain_steps -1 | --batch_size 1 | --lr -1 | --lr nan | --embed_lr inf | --decay -1
+--new_share 2 | --question_share -.1 | --question_share 1 | --optimizer sgd | --device cuda:99
+--dtype int8 | --learning_rate 1 | --mask .5 | --out_dir
 """
 BAD = [(train, flags.split(), flags.split()[0]) for flags in TRAIN.strip().replace("\n", " | ").split(" | ")]
 BAD += [
     (train, ["extra"], "extra"),
     (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
     (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"),
-    (train, ["--question_share", "1"], "--question_share"),
     (evaluation, [], "--mode masked"), (evaluation, ["out/no"], "out/no"),
-    (evaluation, ["nowhere"], "nowhere"), (evaluation, ["--ask", "Who?"], "one run"),
+    (evaluation, ["--ask", "Who?"], "one run"),
     (evaluation, ["--show"], "one run"), (evaluation, ["--best"], "--best"),
     (evaluation, ["a", "b"], "arguments: b"),
     (evaluation, ["--plot", "x.png"], ".svg"), (evaluation, ["--plot", ""], ".svg"),
@@ -261,29 +224,19 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_ends_in_one_line(damage, runs, capfd):
-    """Named in one line by both scripts, and told what it lacks; a file that tries to run code is not run."""
+def test_a_damaged_checkpoint_or_base_ends_in_one_line(damage, runs, capfd):
+    """Named in one line by both scripts, and told what it lacks; a file that tries to run code is not run,
+    and no base is silently trained anew."""
     Path("out/masked/result.json").unlink()
-    DAMAGES[damage](Path("out/masked/ckpt.pt"))
-    refusals = [refusal(capfd, train, *TINY, "--out_dir", "out/masked")]
+    for path in (Path("out/masked/ckpt.pt"), *bases()):
+        DAMAGES[damage](path)
+    refusals = [(refusal(capfd, train, *TINY, "--out_dir", "out/masked"), str(Path("out/masked/ckpt.pt"))),
+                (refusal(capfd, train, *TINY, "--out_dir", "out/again"), "base-ar")]
     if damage != "no log":  # which nobody needs to ask the model
-        refusals.append(refusal(capfd, evaluation, "out/masked", "--show"))
-    for refused in refusals:
-        assert str(Path("out/masked/ckpt.pt")) in refused
+        refusals.append((refusal(capfd, evaluation, "out/masked", "--show"), "ckpt.pt"))
+    for refused, file in refusals:
+        assert file in refused
         assert not damage.startswith("no ") or f"lacks {damage[3:]}" in refused
-    assert not Path("executed").exists()
-
-
-@pytest.mark.parametrize("damage", ("empty", "cut short", "random bytes", "code", "no model"))
-def test_a_damaged_base_ends_in_one_line(damage, runs, capfd):
-    """A base is a checkpoint too, and never silently trained anew."""
-    for base in bases():
-        DAMAGES[damage](base)
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        tiny(train, folder="out/again")
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "base-ar" in last
     assert not Path("executed").exists()
 
 
@@ -304,32 +257,19 @@ def test_what_cannot_be_asked_ends_in_one_line(text, reason, runs, capfd):
     assert "--ask" in refused and reason in refused
 
 
-@pytest.mark.parametrize("mode, blanks", (("masked", [3, 2, 1, 0]), ("diffusion", [3, 2, 1, 0])))
-def test_show_prints_every_step_and_marks_the_newest_token(mode, blanks, runs, capsys):
+@pytest.mark.parametrize("mode", ("masked", "diffusion"))
+def test_show_prints_every_step_and_marks_the_newest_token(mode, runs, capsys):
     """A canvas of four, one token a step: four lines a question, each with one token that stands out. Without
     --ask: a biography out of nothing but blanks, then a question about that person."""
     question = "What is the major of Curtis Chase Emley?"
     call(evaluation, f"out/{mode}", "--show", "--ask", question)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count("___") for line in lines] == blanks and all(question in line for line in lines)
+    assert [line.count("___") for line in lines] == [3, 2, 1, 0] and all(question in line for line in lines)
     assert all(line.count(">") == line.count("<") == 1 for line in lines)
     call(evaluation, f"out/{mode}", "--show")
     shown = capsys.readouterr().out
     assert shown.count("[doc]") == shown.split("[question]")[0].count(">") > 30
     assert shown.count("[question]") == CANVAS
-
-
-def test_on_a_terminal_each_step_wipes_the_one_before(runs, monkeypatch, capsys):
-    """As many lines up as were printed, however narrow the terminal; the newest token is inverse."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "30")
-    monkeypatch.setattr(evaluation.time, "sleep", lambda seconds: None)
-    call(evaluation, "out/diffusion", "--show", "--ask", "What is the major of Curtis Chase Emley?")
-    shown = capsys.readouterr().out
-    frames = re.split(r"\x1b\[\d+F\x1b\[J", shown)
-    ups = list(map(int, re.findall(r"\x1b\[(\d+)F", shown)))
-    assert len(frames) == CANVAS and [frame.count("\n") for frame in frames[:-1]] == ups
-    assert all(frame.count("\x1b[7m") == 1 for frame in frames)
 
 
 def test_a_column_that_no_run_has_is_refused(runs, capfd):
