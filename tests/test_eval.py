@@ -10,7 +10,7 @@ import torch
 import eval as evaluation
 from conftest import call, generator, refusal
 from data import ATTRIBUTES, CANVAS, MARKS, WIDTH, decode, document_row, encode, make_corpus, question_row
-from diffusion import MODES, random_words
+from diffusion import MODES, decode_ar, decode_diffusion, random_words
 from model import Transformer
 
 CORPUS = make_corpus(known=6, new=5, wordings=1, seed=0)
@@ -29,7 +29,7 @@ def by_hand(model, mode, ids, places):
     row, places = list(ids), list(places)
     for place in places:
         row[place] = MARKS.mask
-    if ids[0] == MARKS.doc and mode in ("masked", "random_prompt"):
+    if ids[0] == MARKS.doc and MODES[mode].decode not in (decode_ar, decode_diffusion):
         prompt = row + [MARKS.pad] * (WIDTH - len(row))  # as in training: the copy starts WIDTH tokens behind
         if mode == "random_prompt":
             prompt[1:len(row)] = random_words((WIDTH,), generator(0)).tolist()[1:len(row)]
