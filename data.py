@@ -207,10 +207,10 @@ CANVAS = 4                    # tokens of every answer: up to three words, then 
 WIDTH = 48                    # tokens of a document's row, whatever its arm: none is longer
 
 # All words that the generator can write, sorted: the vocabulary does not depend on the seed.
-texts = [*MEN, *WOMEN, *MIDDLE, *LAST, *POOLS, *RELATIVE.values(), "What is the of Who and He She"]
+vocabulary = [*MEN, *WOMEN, *MIDDLE, *LAST, *POOLS, *RELATIVE.values(), "What is the of Who and He She"]
 for pool in (*POOLS.values(), *WORDINGS.values()):
-    texts += pool
-WORDS = sorted(set(re.findall(r"\w+", " ".join(texts))))
+    vocabulary += pool
+WORDS = sorted(set(re.findall(r"\w+", " ".join(vocabulary))))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. It
 # looks a whole piece up before it merges bytes: " Boston" is one token, and an unknown word is its bytes.

@@ -243,7 +243,7 @@ def json_lines(dicts):
 # The command line
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """An argparse type: a number of this kind (int or float) from low to high."""
     def number(text):
         if not low <= kind(text) <= high:  # what is no number at all argparse refuses itself
@@ -254,7 +254,7 @@ def number(kind, low, high):
 
 def ratio(text):
     """An argparse type: a name in RATIOS or a number from 0 to 1."""
-    return text if text in RATIOS else number(float, 0, 1)(text)
+    return text if text in RATIOS else between(float, 0, 1)(text)
 
 
 # The settings that pretraining does not depend on. The files of the code are settings, too, by fingerprint.
@@ -266,39 +266,39 @@ def parse_args():
         usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train on generated biographies, then take the exam.")
     about = lambda table: "; ".join(f"{name}: {row.about}" for name, row in table.items())
-    count, rate = number(int, 1, 10**6), number(float, 0, 100)
+    count, rate = between(int, 1, 10**6), between(float, 0, 100)
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help=about(MODES))
     add("--paraphrases", choices=ARMS, default="none", help=f"texts about a new person. {about(ARMS)}")
-    add("--texts", type=number(int, 0, 100), default=0, help="how many; 0: as many as --paraphrases has")
+    add("--texts", type=between(int, 0, 100), default=0, help="how many; 0: as many as --paraphrases has")
     add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
         f"share such as .5, or a name in RATIOS: {', '.join(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
     add("--known", type=count, default=200, help="people of pretraining: raise with --pretrain_steps")
     add("--new", type=count, default=100, help="people of fine-tuning: raise with --steps")
     add("--known_paraphrases", choices=ARMS, default="change_order", help="texts about a known person")
-    add("--wordings", type=number(int, 1, 5), default=5, help="ways to word a fact: fewer is easier")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="another number, other people and weights")
+    add("--wordings", type=between(int, 1, 5), default=5, help="ways to word a fact: fewer is easier")
+    add("--seed", type=between(int, 0, 2**31), default=0, help="another number, other people and weights")
     add = parser.add_argument_group("model and machine").add_argument
     add("--n_layer", type=count, default=3, help="blocks: raise for more people")
     add("--n_head", type=count, default=2, help="heads: twice this must divide n_embd")
     add("--n_embd", type=count, default=64, help="channels: raise for more people")
-    add("--batch_size", type=number(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
+    add("--batch_size", type=between(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
-    add("--pretrain_steps", type=number(int, 0, 10**9), default=1000,
+    add("--pretrain_steps", type=between(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
     add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
-    add("--steps", type=number(int, 1, 10**9), default=1500, help="raise if scores still rise")
+    add("--steps", type=between(int, 1, 10**9), default=1500, help="raise with --new")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="of the matrices; for adamw try other rates, such as --lr .001 --decay .1")
     add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
     add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
     add("--decay", type=rate, default=0.66, help="weight decay of the matrices: lower keeps more of the base")
     add("--embed_decay", type=rate, default=0.033, help="weight decay of the embedding, likewise")
-    add("--question_share", type=number(float, 0, 0.9), default=0.16,
+    add("--question_share", type=between(float, 0, 0.9), default=0.16,
         help="of the rows are questions; 0 for none")
-    add("--new_share", type=number(float, 0, 1), default=0.7, help="of the documents are about new people")
+    add("--new_share", type=between(float, 0, 1), default=0.7, help="of the documents are about new people")
     add = parser.add_argument_group("folder").add_argument
     add("--out_dir", type=Path, default=argparse.SUPPRESS,
         help="of the run (default: out/MODE-PARAPHRASES-FLAGS THAT WERE CHANGED-seedSEED)")
@@ -316,8 +316,8 @@ def parse_args():
     if args.known + args.new > MOST_PEOPLE:
         parser.error(f"--known and --new are too many people: there are names for {MOST_PEOPLE:,}")
 
-    # Folder and base are named after the flags that were changed: --lr .01 --known 300 trains
-    # out/masked-none-lr0.01-known300-seed0 (in the order of the flags above) from out/base-ar-known300-seed0.pt.
+    # Folder and base are named after the flags that were changed, in the order above: --lr .01 --known 300
+    # trains out/masked-none-known300-lr0.01-seed0 from out/base-ar-known300-seed0.pt.
     defaults = {name: parser.get_default(name) for name in vars(args)} | {"mask_ratio": mode.ratio}
     unnamed = ("mode", "paraphrases", "seed", "device", "dtype", "out_dir", "overwrite")
     changed = {name: f"-{name}{value}" for name, value in vars(args).items()
