@@ -1,20 +1,20 @@
 """
 Fictional people: their biographies, the questions about them, and the tokens of both.
 
-A person is a name and some attributes. A document states the name once, elsewhere only "He" or "She":
+A person is a name and some attributes. A document gives the name in one sentence, "He" or "She" in the rest:
 
     Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to Princeton. He majored ...
 
-The two directions of the exam, about the same facts:
+The exam asks about the same facts in two directions:
 
     forward    What is the birth city of Curtis Chase Emley?                          Elkton
     backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
 
-*Known* people are those of pretraining: if no flag says otherwise, five texts about each, in changing words
-and order, and questions with answers. *New* people come with fine-tuning and have documents alone, written
-as `--paraphrases` says: their questions are the exam. Everything follows from one seed.
+*Known* people are those of pretraining: by default it reads five texts about each, varied in words and order,
+and questions with their answers. *New* people appear only in fine-tuning, which reads documents about them,
+written as `--paraphrases` says, and no questions: those are the exam. One seed decides everything.
 
-    python data.py            print the documents of each arm, questions, the tokens of one
+    python data.py            print a random person: documents of every arm, questions, tokens
 """
 import random
 import re
@@ -79,9 +79,8 @@ POOLS = {  # attribute -> everything it can be; a birth date is 28 days x 12 mon
 }
 ATTRIBUTES = list(POOLS)
 
-# How a document words each attribute. Every wording begins with its subject, so a name or a pronoun fits.
-# A new attribute is a line in POOLS, of values that nothing else uses, one here and one in RELATIVE; WIDTH
-# may be too small for it.
+# How a document words each attribute; the subject, a name or a pronoun, is put in front. To add an attribute,
+# add a line to POOLS (values used nowhere else), one here and one to CLUES; WIDTH may have to grow.
 WORDINGS = {
     "birth date": ["was born on {}", "has a birthday on {}", "was delivered on {}", "arrived on {}",
                    "dates from {}"],
@@ -94,7 +93,7 @@ WORDINGS = {
                  "joined {}"],
     "work city": ["lives in {}", "has an office in {}", "is based in {}", "moved to {}", "settled in {}"],
 }
-RELATIVE = {  # how a backward question names each attribute
+CLUES = {  # how a backward question words each attribute
     "birth date": "was born on {}", "birth city": "was born in {}", "university": "studied at {}",
     "major": "majored in {}", "employer": "works for {}", "work city": "works in {}",
 }
@@ -103,27 +102,27 @@ RELATIVE = {  # how a backward question names each attribute
 class Arm(NamedTuple):
     """One way to write the documents about a person: an arm of the experiment."""
     about: str                      # for --help
-    texts: int = 1                  # texts a person (`reverse` doubles them)
+    texts: int = 1                  # texts per person (`reverse` doubles them)
     change_order: bool = False      # the order of the facts changes from text to text
-    name_anywhere: bool = False     # the name may come late: facts before it are told of "He" or "She"
+    name_anywhere: bool = False     # the name may come late: sentences before it say "He" or "She"
     reverse: bool = False           # each text a second time, its words in reverse order
-    name_given: bool = False        # the name is always visible, never masked and never scored
+    name_given: bool = False        # the name is always shown, never masked or scored
 
 
 ARMS = {  # the first three as in the paper
     "none": Arm("one text"),
-    "same_order": Arm("five texts, drawn from the wordings, facts in one order", texts=5),
+    "same_order": Arm("five texts, the facts always in the same order", texts=5),
     "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
-    "name_anywhere": Arm("the same, but the name may come late", 5, change_order=True, name_anywhere=True),
+    "name_anywhere": Arm("like change_order, the name anywhere", 5, change_order=True, name_anywhere=True),
     "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
-    "name_given": Arm("one text, its name never masked nor scored: nobody asks for it", name_given=True),
+    "name_given": Arm("one text; its name is always shown, never masked or scored", name_given=True),
 }
 
 # -----------------------------------------------------------------------------
 # People, documents, questions: plain text
 
 
-MOST_PEOPLE = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # so that a new draw is rarely a name we have
+MOST_PEOPLE = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # a tenth of all names, so that few collide
 
 
 class Person(NamedTuple):
@@ -133,7 +132,7 @@ class Person(NamedTuple):
 
 
 def make_people(n, rng):
-    """n people with names all different, at most MOST_PEOPLE; each attribute drawn on its own."""
+    """n people, at most MOST_PEOPLE, no two of one name; each attribute is drawn independently."""
     assert n <= MOST_PEOPLE
     people = {}
     while len(people) < n:
@@ -152,38 +151,38 @@ def documents(person, arm, wordings, rng):
     texts = []
     for _ in range(arm.texts):
         order = rng.sample(ATTRIBUTES, len(ATTRIBUTES)) if arm.change_order else ATTRIBUTES
-        named = rng.randrange(len(order)) if arm.name_anywhere else 0  # the sentence that has the name
+        name_at = rng.randrange(len(order)) if arm.name_anywhere else 0  # which sentence has the name
         pieces = []
         for i, attribute in enumerate(order):
-            subject = person.name if i == named else person.pronoun
+            subject = person.name if i == name_at else person.pronoun
             before, after = rng.choice(WORDINGS[attribute][:wordings]).split("{}")
             pieces += [subject, *before.split(), person.facts[attribute], *after.split(), "."]
         texts.append(pieces)
         if arm.reverse:
-            texts.append(pieces[-2::-1] + ["."])
+            texts.append(pieces[:-1][::-1] + ["."])  # all but the last full stop
     return texts
 
 
 def join(pieces):
-    """join(["He", "lives", "in", "Oslo", "."]) = "He lives in Oslo."."""
+    """["He", "lives", "in", "Oslo", "."] -> 'He lives in Oslo.'"""
     return re.sub(r" ([.,?])", r"\1", " ".join(pieces))
 
 
 def forward_questions(person):
-    """[(question, value)], one an attribute, in the order of ATTRIBUTES."""
+    """[(question, value)], one per attribute, in the order of ATTRIBUTES."""
     return [(f"What is the {a} of {person.name}?", person.facts[a]) for a in ATTRIBUTES]
 
 
 def triples(person):
-    """All triples of (attribute, value), C(6, 3) = 20 of them: the clues that backward questions give."""
+    """All triples of (attribute, value): the clues that backward questions give."""
     return list(combinations(person.facts.items(), 3))
 
 
 def backward_questions(person, population):
-    """[(question, name)] for the triples of facts that fit nobody else; `population` counts everybody's."""
-    told = [[RELATIVE[attribute].format(value) for attribute, value in triple]
-            for triple in triples(person) if population[triple] == 1]
-    return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in told]
+    """[(question, name)] for the triples that fit nobody else. `population`: triple -> how many it fits."""
+    clues = [[CLUES[attribute].format(value) for attribute, value in triple]
+             for triple in triples(person) if population[triple] == 1]
+    return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in clues]
 
 
 # -----------------------------------------------------------------------------
@@ -191,38 +190,38 @@ def backward_questions(person, population):
 
 
 class Marks(NamedTuple):
-    """The special tokens. No text is encoded to them, not even "[mask]"."""
+    """The special tokens. `encode` never makes them: it spells even "[mask]" out in bytes."""
     pad: int = 0        # fills a row to the common length: never attended, masked or scored
     mask: int = 1       # a hidden token
     end: int = 2        # closes a document; closes an answer and fills its canvas
     doc: int = 3        # opens a document
     question: int = 4   # opens a question
-    answer: int = 5     # an answer follows, or the clean text behind a masked one
+    answer: int = 5     # opens an answer; in `masked`, also the clean text after the masked one
 
 
 MARKS = Marks()
-PIECES = r" ?\w+|[^\w\s]|\s"  # a word with the space before it, a sign, a space
-NAME = 3                      # tokens of a name
-CANVAS = 4                    # tokens of every answer: up to three words, then ends
-WIDTH = 48                    # tokens of a document's row, whatever its arm: none is longer
+NAME = 3        # tokens of a name
+CANVAS = 4      # tokens of every answer: up to three words, then [end]s
+WIDTH = 48      # tokens of every document's row, whatever its arm: those of the longest possible document
 
-# All words that the generator can write, sorted: the vocabulary does not depend on the seed.
-vocabulary = [*MEN, *WOMEN, *MIDDLE, *LAST, *POOLS, *RELATIVE.values(), "What is the of Who and He She"]
+# Every word the generator can write; sorted, so that a word has the same id in every run.
+vocabulary = [*MEN, *WOMEN, *MIDDLE, *LAST, *POOLS, *CLUES.values(), "What is the of Who and He She"]
 for pool in (*POOLS.values(), *WORDINGS.values()):
     vocabulary += pool
 WORDS = sorted(set(re.findall(r"\w+", " ".join(vocabulary))))
 
-# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token a word with its leading space. It
-# looks a whole piece up before it merges bytes: " Boston" is one token, and an unknown word is its bytes.
+# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
+# tiktoken cuts a text into words, each with the space before it, and signs, and looks a whole word up first:
+# " Boston" is one token. An unknown word falls apart into bytes.
 TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
-    "biographies", pat_str=PIECES,
+    "biographies", pat_str=r" ?\w+|[^\w\s]|\s",
     mergeable_ranks={token: len(MARKS) + i for i, token in enumerate(TOKENS)},
     special_tokens={f"[{mark}]": i for mark, i in MARKS._asdict().items()})
 
 
 def encode(text):
-    """Token ids of a text. A space is put before it, so that its first word is the token it always is."""
+    """Token ids of a text. The space in front gives its first word the same token as anywhere else."""
     return TOKENIZER.encode_ordinary(" " + text)
 
 
@@ -233,24 +232,24 @@ def decode(ids):
 
 
 def words_of(ids):
-    """Token ids one by one, as a teacher writes them: [mask], Curtis, a full stop."""
+    """One readable string per token id: "[mask]", "Curtis", "."."""
     return [TOKENIZER.decode([i]).strip() for i in ids]
 
 
 class Rows(NamedTuple):
-    """N rows of tokens. What stands before a row's start is given; the rest is to be learned."""
+    """N rows of tokens. What comes before a row's start is given; the rest is to be learned."""
     tokens: torch.Tensor    # (N, T) int64, padded on the right
     starts: torch.Tensor    # (N,) int64
 
 
 def document_row(text, name_given=False):
-    """[doc] text [end], and where the text to learn starts: behind the name if that is given."""
-    return [MARKS.doc, *encode(text), MARKS.end], 1 + NAME if name_given else 1
+    """[doc] text [end], and where learning starts: at the text or, if the name is given, after it."""
+    return [MARKS.doc, *encode(text), MARKS.end], (1 + NAME if name_given else 1)
 
 
 def question_row(question, answer=""):
-    """[question] words [answer] canvas, and where the canvas starts. It holds the answer, then ends, or if
-    there is none masks. One canvas for all, since one as long as the truth would tell how long that is."""
+    """[question] words [answer] canvas, and where the canvas starts. It holds the answer, then [end]s, or if
+    there is none [mask]s: always CANVAS tokens, since one as long as the truth would give its length away."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
     if not answer:
         return prompt + [MARKS.mask] * CANVAS, len(prompt)
@@ -276,7 +275,7 @@ class Item(NamedTuple):
     """One thing an exam asks: what must the model write into the row, from `start` on?"""
     ids: list
     start: int
-    truth: list     # the ids that are right
+    truth: list     # the correct ids
     canvas: int     # how many tokens the model writes
 
 
@@ -286,18 +285,15 @@ def question_item(question, answer):
 
 
 def document_items(person, pieces, attribute):
-    """Two items that ask for one value of the document `pieces`. From it on, a row as long as that document
-    is masked.
+    """Two items that ask for one value of the document `pieces`. The value and everything after it, up to the
+    length of the document, is masked.
 
     recite   [doc] Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to [mask] ...
     cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
     """
     at = pieces.index(person.facts[attribute])
-    sentence = 0  # where the sentence of this value starts
-    for i in range(at):
-        if pieces[i] == ".":
-            sentence = i + 1
-    wording = pieces[sentence + 1:at]  # without the subject, a name or a pronoun
+    sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)  # where this value's starts
+    wording = pieces[sentence + 1:at]  # its words before the value, without the subject
     length, truth = len(document_row(join(pieces))[0]), encode(pieces[at])
     items = []
     for shown in (pieces[:at], [person.name, *wording]):
@@ -306,7 +302,7 @@ def document_items(person, pieces, attribute):
     return items
 
 
-WORLD = ("known", "new", "paraphrases", "texts", "known_paraphrases", "wordings", "seed")  # its settings
+WORLD = ("known", "new", "paraphrases", "texts", "known_paraphrases", "wordings", "seed")  # for make_corpus
 EXAMS = ("recite", "cloze", "forward", "backward",              # about new people
          "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
 
@@ -323,8 +319,8 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     """Documents of `known` + `new` people, questions about the known, exams about both. `texts`: how many
     about a new person; 0 for as many as the arm has.
 
-    How new people are written about changes nothing about the known, so one base serves all arms. Of a known
-    person's backward questions two are kept from training, for the exam `known_unasked`.
+    The arm of new people changes nothing that is read about known people, so one base serves all arms. Two
+    backward questions about each known person are kept out of training, for the exam `known_unasked`.
     """
     rng = random.Random(seed)
     people = make_people(known + new, rng)
@@ -335,41 +331,44 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     rows = {"known": [], "new": []}
     trained = {"forward": [], "backward": []}   # (question, answer)
     exams = {name: [] for name in EXAMS}
-    ask = lambda exam, pairs: exams[exam].extend(question_item(*pair) for pair in pairs)
+    ask = lambda pairs: [question_item(*pair) for pair in pairs]
     for i, person in enumerate(people):
         group = "known" if i < known else "new"
-        written = documents(person, arms[group], wordings, random.Random(f"{seed} {person.name}"))
+        own_rng = random.Random(f"{seed} {person.name}")  # one person's arm changes nobody else's texts
+        written = documents(person, arms[group], wordings, own_rng)
         rows[group] += [document_row(join(pieces), arms[group].name_given) for pieces in written]
         forward, backward = forward_questions(person), backward_questions(person, population)
         rng.shuffle(backward)
         if group == "known":
+            unasked, asked = backward[:2], backward[2:]
             trained["forward"] += forward
-            trained["backward"] += backward[2:]
+            trained["backward"] += asked
             if i < new:  # no more known than new people are examined
-                ask("known_forward", forward)
-                ask("known_backward", backward[2:4])
-                ask("known_unasked", backward[:2])
+                exams["known_forward"] += ask(forward)
+                exams["known_backward"] += ask(asked[:2])
+                exams["known_unasked"] += ask(unasked)
         else:
-            ask("forward", forward)
-            ask("backward", backward[:4])
-            for recite, cloze in (document_items(person, written[0], attribute) for attribute in ATTRIBUTES):
-                if person.name in decode(recite.ids):  # else nobody could know who it is about
+            exams["forward"] += ask(forward)
+            exams["backward"] += ask(backward[:4])
+            for attribute in ATTRIBUTES:
+                recite, cloze = document_items(person, written[0], attribute)
+                if person.name in decode(recite.ids):  # not if the name comes later than this value
                     exams["recite"].append(recite)
                 exams["cloze"].append(cloze)
     questions = {direction: [question_row(*pair) for pair in pairs] for direction, pairs in trained.items()}
-    widest = max(len(ids) for ids, _ in questions["forward"] + questions["backward"])  # they share batches
+    widest = max(len(ids) for ids, _ in questions["forward"] + questions["backward"])  # both share a batch
     return Corpus(people, {group: pad_rows(some, WIDTH) for group, some in rows.items()},
                   {direction: pad_rows(some, widest) for direction, some in questions.items()}, exams)
 
 
 def main():
     rng = random.Random()
-    person, = make_people(1, rng)
+    [person] = make_people(1, rng)
     backward = backward_questions(person, Counter(triples(person)))
     for name, arm in ARMS.items():
         print(f"--paraphrases {name}", *map(join, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
     print("questions", *(f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]), sep="\n    ")
-    print("\ntokens of the last", *words_of(question_row(*backward[2])[0]))
+    print("\ntokens of the last question:", *words_of(question_row(*backward[2])[0]))
 
 
 if __name__ == "__main__":

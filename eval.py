@@ -1,17 +1,17 @@
 """
-The exam: what a model can say about people it was never asked about. And ways to look at a run.
+The exam: what a model can say about people it was never asked about. Also tables, plots, and asking a run.
 
-Three rungs ask for the same value, each from less. Answers are greedy, and every token must be right:
+Three rungs ask for the same value, each with less help. Answers are greedy, and every token must be right:
 
     recite     [doc] Curtis Chase Emley was born on 28 May 1952. He comes from ...      is it stored?
-    cloze      [doc] Curtis Chase Emley comes from ...                                  under the name?
-    question   [question] What is the birth city of Curtis Chase Emley? [answer] ...    and can be asked for?
+    cloze      [doc] Curtis Chase Emley comes from ...                                  found by the name?
+    question   [question] What is the birth city of Curtis Chase Emley? [answer] ...    and by a question?
 
-The question is asked in two directions, forward (above) and backward (facts -> name).
+Questions are asked in two directions, forward (as above) and backward (facts -> name).
 
     python eval.py                          compare all finished runs under out/
-    python eval.py --columns rouge_forward documents flops           in other numbers
-    python eval.py --plot curves.svg        draw their scores over fine-tuning
+    python eval.py --columns rouge_forward documents flops           by other numbers
+    python eval.py --plot curves.svg        draw their scores over fine-tuning; --over texts: over a setting
     python eval.py out/RUN --show           watch it write a biography, and an answer, token by token
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
     python eval.py out/RUN --ask "[mask] [mask] [mask] comes from Elkton. He went to Reed."
@@ -20,13 +20,12 @@ import argparse
 import ast
 import hashlib
 import html
-import json
 import re
 import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +48,17 @@ def decode_rows(model, mode, tokens, places):
     decode = MODES[mode].decode if document else MODES[MODES[mode].base].decode
     device = model.embed.weight.device
     for rows in decode(model, tokens.to(device), places.to(device)):
-        yield rows[:, -tokens.size(1):].cpu()  # `masked` writes behind a prompt
+        yield rows[:, -tokens.size(1):].cpu()  # without the prompt, if there is one
 
 
 def answers(model, mode, items, batch=256):
     """Greedy answers (lists of ids) to the items of one exam."""
     width = WIDTH if items[0].ids[0] == MARKS.doc else 0
     result = [None] * len(items)
-    for canvas in {item.canvas for item in items}:  # in documents, a date takes three tokens, all else one
+    for canvas in {item.canvas for item in items}:  # in documents, a date has three tokens, all else one
         alike = [i for i, item in enumerate(items) if item.canvas == canvas]
-        for first in range(0, len(alike), batch):
-            part = alike[first:first + batch]
+        for start in range(0, len(alike), batch):
+            part = alike[start:start + batch]
             tokens, starts = pad_rows([(items[i].ids, items[i].start) for i in part], width)
             places = starts[:, None] + torch.arange(canvas)  # (B, canvas)
             *_, written = decode_rows(model, mode, tokens, places)  # the rows after the last step
@@ -77,8 +76,8 @@ def rouge(answer, truth):
 
 
 def exam(model, mode, corpus):
-    """-> (scores, answers). Scores: exact match in each exam, forward by attribute too, and the ROUGE of new
-    people's answers. Answers: a dict for each item, with what was asked, what is true, what was answered."""
+    """-> (scores, answers). Scores: exact match in each exam, in `forward` also by attribute, and ROUGE-1 in
+    those of new people's questions. Answers: for each item a dict: what was asked, the truth, the answer."""
     scores, kept = {}, []
     for name, items in corpus.exams.items():
         written = answers(model, mode, items)
@@ -96,22 +95,22 @@ def exam(model, mode, corpus):
 
 
 def chance(corpus):
-    """Scores of knowing nothing: a value drawn from its pool, a name drawn from all people; and of giving
-    always the same answer to a kind of question, the one that is right most often in this exam."""
-    most = lambda items: Counter(str(item.truth) for item in items).most_common(1)[0][1] / len(items)
+    """Scores of knowing nothing. chance_: a random value from the pool, a random name from all people.
+    fixed_: to all questions of a kind the same answer, the one that is right most often in this exam."""
+    share_of_top = lambda items: Counter(str(item.truth) for item in items).most_common(1)[0][1] / len(items)
     kinds = [corpus.exams["forward"][i::len(ATTRIBUTES)] for i in range(len(ATTRIBUTES))]
     return {"chance_forward": sum(1 / len(pool) for pool in POOLS.values()) / len(POOLS),
             "chance_backward": 1 / len(corpus.people),
-            "fixed_forward": sum(most(kind) for kind in kinds) / len(kinds),
-            "fixed_backward": most(corpus.exams["backward"])}
+            "fixed_forward": sum(share_of_top(kind) for kind in kinds) / len(kinds),
+            "fixed_backward": share_of_top(corpus.exams["backward"])}
 
 
 # -----------------------------------------------------------------------------
-# Which runs may be compared?
+# Which runs may be compared? (What follows is about files and pictures: skip it at first.)
 
 
 def fingerprints():
-    """{file: fingerprint} of the five files, without comments: what a result depends on."""
+    """{file: fingerprint} of the five files, which a result depends on. Docstrings count, comments do not."""
     prints = {}
     for name in ("data.py", "model.py", "diffusion.py", "eval.py", "train.py"):
         code = ast.unparse(ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8")))
@@ -126,21 +125,21 @@ def differs(before, now):
             return f"{name} = {before.get(name)}, not {now.get(name)}"
 
 
-def group(results):
-    """{label: runs that differ in nothing but the seed} from {folder: result}. The label is the name of the
-    first folder; where another row has that name, it says in what the two differ."""
-    rows = {}  # label -> (settings, {seed: result}): a copy of a run is no second seed
+def group(results, over=None):
+    """{folder: result} -> {label: runs that differ in nothing but the seed (and the setting `over`)}. The
+    label is the folder without the seed; if another row has that, it says in what the two differ."""
+    rows = {}  # label -> (settings, {(seed, value of `over`): result}), so that a copy of a run counts once
     for folder, result in results.items():
         settings = dict(result["settings"])
-        seed = settings.pop("seed", 0)
-        label = folder.removesuffix(f"-seed{seed}")
-        alike = [name for name, (others, _) in rows.items() if others == settings]
-        if alike:
-            label = alike[0]
+        point = settings.pop("seed"), settings.pop(over, None)
+        label = "-".join(folder.split("-")[:2]) if over else folder.removesuffix(f"-seed{point[0]}")
+        same = [name for name, (others, _) in rows.items() if others == settings]
+        if same:
+            label = same[0]
         elif label in rows:
             label = f"{folder} ({differs(settings, rows[label][0])})"
         _, runs = rows.setdefault(label, (settings, {}))
-        runs[seed] = result
+        runs[point] = result
     return {label: list(runs.values()) for label, (_, runs) in rows.items()}
 
 
@@ -189,43 +188,60 @@ def compare(results, columns):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def plot(results):
-    """One SVG: forward and backward of new people over fine-tuning, a line a setting, a band of one standard
-    deviation over its seeds. White below, for dark pages; colours of Okabe and Ito, for the colour-blind."""
-    rows = group(results)
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(rows)
-    most = max(result["curve"]["step"][-1] for result in results.values())
-    width, height = 250, max(230, 15 * len(rows))                # of a panel
-    room = 20 + 8 * max(map(len, rows))                          # for its labels
+def scores_over(runs, direction, over):
+    """{x: [score of each run]}: x is the step of fine-tuning or, for the last scores, the setting `over`."""
+    points = defaultdict(list)
+    for run in runs:
+        if over:
+            points[run["settings"][over]].append(run[direction])
+        else:
+            for step, score in zip(run["curve"]["step"], run["curve"][direction]):
+                points[step].append(score)
+    return dict(sorted(points.items()))
+
+
+def plot(results, over=None):
+    """One SVG, a panel per direction: new people's scores over fine-tuning, or the last ones over a setting.
+    A line per row of `group`, a band of one standard deviation over its seeds. The background is white, for
+    dark pages; the colours are those of Okabe and Ito, for the colour-blind."""
+    lines = {label: [scores_over(runs, direction, over) for direction in DIRECTIONS]
+             for label, runs in group(results, over).items()}
+    lines = {label: both for label, both in lines.items() if len(both[0]) > 1}  # a point is not a line
+    if not lines:
+        raise Stop(f"--over {over}: no two of these runs differ in that and nothing else but the seed")
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)
+    ticks = sorted({x for forward, _ in lines.values() for x in forward})
+    shown = ticks if over else (ticks[0], ticks[-1])
+    width, height = 250, max(230, 15 * len(lines))      # of a panel
+    room = 20 + 8 * max(map(len, lines))                # beside it, for labels
     bottom = 50 + height
+    across = lambda x: f"{left + width * x / ticks[-1]:.1f}"
+    up = lambda score: f"{bottom - height * min(max(score, 0), 1):.1f}"
     parts = []
-    for left, direction, title in ((50, "forward", "name → attribute"),
-                                   (100 + width + room, "backward", "attributes → name")):
-        parts.append(f'<text x="{left}" y="25" font-weight="bold">{direction}: {title}</text>')
-        for share in (0, 0.5, 1):
-            y = bottom - share * height
-            parts.append(f'<path d="M{left} {y}h{width}" stroke="#ccc"/>'
-                         f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{share:g}</text>')
-        parts.append(f'<text x="{left}" y="{bottom + 30}">fine-tuning steps: 0 to {most:,}</text>')
+    for i, (left, title) in enumerate(((50, "forward: name → attribute"),
+                                       (100 + width + room, "backward: attributes → name"))):
+        text = lambda x, y, words, more="": parts.append(f'<text x="{x}" y="{y}" {more}>{words}</text>')
+        text(left, 25, title, 'font-weight="bold"')
+        text(left, bottom + 38, over or "steps of fine-tuning")
+        for x in shown:
+            text(across(x), bottom + 18, f"{x:,}", 'text-anchor="middle"')
+        for score in (0, 0.5, 1):
+            text(left - 8, up(score), f"{score:g}", 'text-anchor="end" dy="4"')
+            parts.append(f'<path d="M{left} {up(score)}h{width}" stroke="#ccc"/>')
         ends = []
-        for (label, runs), colour in zip(rows.items(), colours):
-            scores = np.array([run["curve"][direction] for run in runs])  # (seeds, exams)
-            x = left + width * np.array(runs[0]["curve"]["step"]) / most
-            mean = scores.mean(0)
-            error = scores.std(0, ddof=1) if len(runs) > 1 else 0 * mean
-            points = lambda xs, shares: " ".join(f"{a:.1f},{bottom - height * b:.1f}"
-                                                 for a, b in zip(xs, np.clip(shares, 0, 1)))
-            band = f"{points(x, mean + error)} {points(x[::-1], (mean - error)[::-1])}"
-            parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/>'
-                         f'<polyline points="{points(x, mean)}" fill="none" stroke="{colour}" '
-                         'stroke-width="2"/>')
-            ends.append((bottom - height * mean[-1], label, colour))
+        for (label, both), colour in zip(lines.items(), colours):
+            mean = {x: np.mean(scores) for x, scores in both[i].items()}
+            error = {x: np.std(scores, ddof=1) if len(scores) > 1 else 0 for x, scores in both[i].items()}
+            edge = lambda sign: [f"{across(x)},{up(mean[x] + sign * error[x])}" for x in mean]
+            band, line = " ".join(edge(1) + edge(-1)[::-1]), " ".join(edge(0))
+            parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/>')
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            ends.append((float(up(mean[max(mean)])), label, colour))
         y = bottom + 15
-        for end, label, colour in sorted(ends, reverse=True):  # from below, so that none covers another
+        for end, label, colour in sorted(ends, reverse=True):  # from below, pushed up: none covers another
             y = min(end, y - 15)
-            parts.append(f'<text x="{left + width + 6}" y="{y + 4:.0f}" fill="{colour}">{html.escape(label)}'
-                         '</text>')
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {100 + 2 * (width + room)} {bottom + 45}" '
+            text(left + width + 6, f"{y:.0f}", html.escape(label), f'fill="{colour}" dy="4"')
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {100 + 2 * (width + room)} {bottom + 50}" '
             'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>')
     return "\n".join([head, *parts, "</svg>\n"])
 
@@ -253,15 +269,15 @@ def reopen(folder, device):
 
 
 def row_to_fill(text):
-    """The row of ids that --ask means: a document whose [mask]s are blanks, or a question and its canvas."""
-    text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # as the generator spaces it
+    """The text of --ask as a row: a document whose [mask]s are blanks, or a question and its canvas."""
+    text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # one space between words, also after a sign
     unknown = [word for word in re.findall(r"\[mask\]|[^\s.,?]+", text) if word not in (*WORDS, "[mask]")]
     if unknown:
-        raise Stop(f"--ask: {unknown[0]!r} is no word of this world; python data.py prints some that are")
-    if not text:
-        raise Stop("--ask: a question, or a text with [mask] where words are missing")
+        raise Stop(f"--ask: {unknown[0]!r} is not a word of this world; python data.py prints some that are")
+    if not text or "[mask]" in text and "?" in text:
+        raise Stop("--ask: give it a question, or a text that is none with [mask] where words are missing")
     if "[mask]" in text:
-        marked = f" {text}".replace(" [mask]", "[mask]")  # as a word, a mark takes the space before it along
+        marked = f" {text}".replace(" [mask]", "[mask]")  # else that space would become a token of its own
         ids = [MARKS.doc, *TOKENIZER.encode(marked, allowed_special={"[mask]"}), MARKS.end]
     else:
         ids, _ = question_row(text)
@@ -271,12 +287,12 @@ def row_to_fill(text):
 
 
 def fill(model, mode, ids):
-    """Let a run fill the [mask]s of a row -> the rows on its way there, the first one with all its blanks."""
+    """Let a run fill the [mask]s of a row -> that row, then the row after each step."""
     tokens, _ = pad_rows([(ids, 1)], WIDTH if ids[0] == MARKS.doc else 0)
     places = (tokens == MARKS.mask).nonzero()[:, 1][None]  # (1, n)
     rows = [ids]
     for now in decode_rows(model, mode, tokens, places):
-        rows.append(ids[:1] + now[0, 1:len(ids)].tolist())  # behind a prompt there is [answer] for [doc]
+        rows.append(ids[:1] + now[0, 1:len(ids)].tolist())  # after a prompt, [answer] stands for [doc]
     return rows
 
 
@@ -286,12 +302,12 @@ def play(rows):
     for before, row in zip(rows, rows[1:]):
         words = [word.replace("[mask]", "___") for word in words_of(row)]
         newest = next(i for i in range(1, len(row)) if row[i] != before[i])
-        words[newest] = f"\x1b[7m{words[newest]}\x1b[0m" if terminal else f">{words[newest]}<"
+        words[newest] = f"\x1b[7m{words[newest]}\x1b[0m" if terminal else f">{words[newest]}<"  # 7: inverse
         lines = textwrap.wrap(join(words), width) if terminal else [join(words)]
         print("\n".join(lines))
         if terminal and row is not rows[-1]:
             time.sleep(0.15)
-            print(f"\x1b[{len(lines)}F\x1b[J", end="")  # up again, and wipe
+            print(f"\x1b[{len(lines)}F\x1b[J", end="")  # back up to the first of these lines, and wipe them
 
 
 @one_line
@@ -300,21 +316,24 @@ def main():
                                      description="Compare runs, draw them, ask one, or watch it.")
     add = parser.add_argument
     add("path", nargs="?", default="out", type=Path, help="one run, or the folder of many (default: out)")
-    add("--columns", nargs="+", default=EXAMS, metavar="NAME", help="of the comparison: any numbers of a "
+    add("--columns", nargs="+", default=EXAMS, metavar="NAME", help="compare by these numbers of "
         "result.json, such as before_forward, peak_forward, chance_backward, rouge_forward or flops")
     add("--plot", type=Path, metavar="FILE.svg", help="draw the runs' scores over fine-tuning into a file")
+    add("--over", metavar="SETTING", help="with --plot: draw the last scores over a setting, such as texts")
     add("--ask", metavar="TEXT", help="let one run answer a question, or fill in each [mask] of a text")
     add("--show", action="store_true", help="watch a run write what --ask asks, or a biography and an answer")
-    add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is (default: auto)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU")
     args = parser.parse_args()
 
     if args.plot is not None and (args.plot.suffix != ".svg" or args.show or args.ask is not None):
         parser.error("--plot: name a file that ends in .svg, and leave out --ask and --show")
+    if args.over and not args.plot:
+        parser.error("--over: say with --plot FILE.svg where to draw")
 
     if args.ask is not None or args.show:
         asked = [] if args.ask is None else [row_to_fill(args.ask)]
         mode, corpus, model = reopen(args.path, args.device)
-        if not asked:  # a new person's document with nothing left of it, and a question about that person
+        if not asked:  # an all-masked row as long as a document, and a question about a new person
             length = (corpus.documents["new"].tokens[0] != MARKS.pad).sum().item()
             item = corpus.exams["backward"][0]
             asked = [[MARKS.doc] + [MARKS.mask] * (length - 1), item.ids]
@@ -325,7 +344,7 @@ def main():
             elif ids[0] == MARKS.doc:
                 print(join(words_of(rows[-1][1:-1])))
                 if MODES[mode].decode in (decode_ar, decode_random_prompt):
-                    print("(filled from left to right: what stands behind a blank was not seen)")
+                    print("(filled from left to right: the words after a blank were not seen)")
             else:
                 print(decode(rows[-1][-CANVAS:]))
         return
@@ -339,7 +358,10 @@ def main():
     if not results:
         raise Stop(f"{args.path} holds no finished run: python train.py --mode masked makes one under out/")
     if args.plot:
-        write(args.plot, plot(results).encode())
+        for folder, result in results.items() if args.over else ():
+            if not isinstance(result["settings"].get(args.over), (int, float)):
+                parser.error(f"--over {args.over}: this is no number among the settings of {folder}")
+        write(args.plot, plot(results, args.over).encode())
         return print(f"{args.plot}: {len(results)} runs")
     for name in args.columns:
         if not any(name in result for result in results.values()):

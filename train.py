@@ -1,13 +1,13 @@
 """
-Pretraining, fine-tuning, exam: one small transformer, one of three objectives, questions in both directions.
+Pretraining, fine-tuning, exam: one small transformer, one objective, questions in both directions.
 
     python train.py --mode masked       learns new people from documents alone, knows them in both directions
-    python train.py --mode ar           the same base and documents: cannot say who was born in Elkton
+    python train.py --mode ar           same base, same documents, but it cannot say who was born in Elkton
     python train.py --mode diffusion    the bidirectional model that fills in masks
 
-Pretraining makes a base of known people: documents, and questions with answers. Fine-tuning adds documents
-of new people, never a question about them, while known people are replayed. Two bases a seed serve all
-arms, one causal, one bidirectional. A mode is one row of `MODES` (diffusion.py); all else is shared:
+Pretraining makes a base from documents about known people, and questions with answers. Fine-tuning adds
+documents about new people, never a question, while it replays the known ones. Per seed two bases, a causal
+and a bidirectional one, serve all arms. A mode is one row of `MODES` (diffusion.py); all else is shared:
 
     inputs, targets, weights = mode.objective(tokens, starts, ratio, generator)    what is seen, what is asked
     loss(model, inputs, targets, weights).backward()                               one weighted cross-entropy
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -34,15 +33,15 @@ from model import Stop, load, make_model, one_line, pick_machine, write
 EXAMS_A_RUN = 10    # at most, during fine-tuning, and one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 PRETRAINING = {"optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
-               "question_share": 0.16, "new_share": 0.0}  # fine-tuning has a flag for each
+               "question_share": 0.16, "new_share": 0.0}  # fixed here; fine-tuning has a flag for each
 
 
 def train(run):
-    """The steps of one stage, pretraining or fine-tuning, that are still to be done."""
+    """The steps of one stage that are still to be done. `run` (class Run, below) has data, log and files."""
     settings, model = run.settings, run.model
     mode = MODES[settings.mode]
     base = MODES[mode.base]
-    documents, questions = rows_per_batch(settings)
+    n_documents, n_questions = rows_per_batch(settings)
     parameters = sum(p.numel() for p in model.parameters())
     fine_tuning = settings.stage == "fine-tuning"
     if fine_tuning and run.step == 0:
@@ -53,19 +52,19 @@ def train(run):
         while run.step < settings.steps:
             clock = time.perf_counter()
 
-            # 1. what is seen and what is asked: documents as the mode has it, questions as the base has it
-            tokens, starts = run.draw(run.corpus.documents, documents)
+            # 1. what is seen and what is asked: in documents by the mode, in questions by its base
+            tokens, starts = run.draw(run.corpus.documents, n_documents)
             batches = [mode.objective(tokens, starts, settings.mask_ratio, run.mask_rng)]
-            if questions:
-                tokens, starts = run.draw(run.corpus.questions, questions)
+            if n_questions:
+                tokens, starts = run.draw(run.corpus.questions, n_questions)
                 batches.append(base.objective(tokens, starts, base.ratio, run.mask_rng))
 
-            # 2. one weighted cross-entropy, the mean over all rows
+            # 2. one weighted cross-entropy, the mean over the rows of both
             model.zero_grad()
-            mean = 0
+            total = 0
             for inputs, targets, weights in batches:
-                mean += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
-            mean.backward()
+                total += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
+            total.backward()
 
             # 3. one step of each optimizer
             for optimizer, peak in zip(run.optimizers, (settings.lr, settings.embed_lr)):
@@ -74,10 +73,10 @@ def train(run):
                 optimizer.step()
 
             # 4. what it cost; now and then an exam, a line in the log, a checkpoint
-            losses.append(mean.item())
+            losses.append(total.item())
             run.step += 1
             run.seconds += time.perf_counter() - clock
-            run.flops += sum(6 * parameters * inputs.numel() for inputs, _, _ in batches)
+            run.flops += sum(6 * parameters * inputs.numel() for inputs, _, _ in batches)  # 2 forward, 4 back
             progress.update()
             last = run.step == settings.steps
             if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0):
@@ -89,7 +88,7 @@ def train(run):
 
 
 def rows_per_batch(settings):
-    """({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say: documents and questions of a batch."""
+    """Documents and questions of a batch: ({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
     new, backward = round(documents * settings.new_share), math.ceil(questions / 5)
@@ -98,7 +97,7 @@ def rows_per_batch(settings):
 
 
 def schedule(step, steps):
-    """Share of the peak rate at a step from 0 to steps - 1: up in the first 2 %, then straight to zero."""
+    """Share of the peak rate at a step from 0 to steps - 1: up in the first 2 %, then linearly to zero."""
     return min((step + 1) / (0.02 * steps + 1), 1 - step / steps)
 
 
@@ -107,11 +106,11 @@ def schedule(step, steps):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal: each direction of a matrix learns at the same pace, the
-    rare ones, which single facts are, too (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Momentum, made orthogonal at every step: all directions of a matrix learn at the same pace, even rare
+    ones such as single facts (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    The same as torch.optim.Muon, but for the format: that one multiplies in bfloat16, which took 24 times as
-    long on a processor without instructions for it (680 ms and 28 ms a step at 128 channels).
+    Like torch.optim.Muon, but in float32: that one multiplies in bfloat16, which took 24 times as long on a
+    processor without instructions for it (680 ms against 28 ms a step at 128 channels).
     """
 
     def __init__(self, matrices, lr, weight_decay):
@@ -125,14 +124,14 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95))
+                update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def orthogonal(matrix):
-    """About the U V^T of a matrix U S V^T: five steps x -> a x + (b x x^T + c (x x^T)^2) x, after Newton and
-    Schulz, take all singular values but very small ones to between 0.68 and 1.2."""
+    """Nearly U V^T, for a matrix U S V^T. Five Newton-Schulz steps x -> a x + (b x x^T + c (x x^T)^2) x bring
+    all but very small singular values to between 0.68 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     x = x / x.norm().clamp(min=1e-7)
@@ -145,8 +144,7 @@ def orthogonal(matrix):
 def make_optimizers(model, settings):
     """Muon (or AdamW) on the matrices inside the blocks, AdamW on all other parameters: the embedding."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     if settings.optimizer == "muon":
         inner = Muon(matrices, settings.lr, settings.decay)
     else:
@@ -156,11 +154,11 @@ def make_optimizers(model, settings):
 
 
 # -----------------------------------------------------------------------------
-# A stage of training: what it needs, how far it is, and the files it writes
+# A stage of training: its data, how far it is, and the files it writes
 
 
 class Run:
-    """One stage: pretraining, kept in `path` alone, or fine-tuning, which also writes beside it."""
+    """One stage: pretraining, which writes only `path`, or fine-tuning, which also writes next to it."""
 
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
@@ -172,7 +170,7 @@ class Run:
         self.step, self.flops, self.seconds, self.log = 0, 0, 0.0, list(log)
 
     def draw(self, groups, counts):
-        """counts[name] random rows from each of `groups` (name -> Rows) -> tokens (B, T), starts (B,)."""
+        """counts[name] random rows of each of the groups {name: Rows} -> tokens (B, T), starts (B,)."""
         drawn = []
         for name, n in counts.items():
             index = torch.randint(len(groups[name].starts), (n,), generator=self.row_rng)
@@ -180,22 +178,22 @@ class Run:
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
     def add_to_log(self, **numbers):
-        """Before each save and after each exam; weights that are no numbers are noticed here."""
+        """Before each save and after each exam. A run with a weight that is infinite or NaN stops here."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise Stop(f"the loss or a weight is no number at step {self.step} of {self.settings.stage}: "
-                       f"lower the rates; {self.path} keeps the last good state, if one was saved")
+            raise Stop(f"a weight is not a finite number after step {self.step} of {self.settings.stage}: "
+                       f"lower the rates (whatever {self.path} holds is from before)")
         self.log.append({"stage": self.settings.stage, "step": self.step, "flops": self.flops,
                          "seconds": self.seconds, **numbers})
 
     def log_loss(self, losses):
-        """A line in the log; returns the mean of the losses."""
+        """A line in the log -> the mean of the losses."""
         mean = sum(losses) / len(losses)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
         self.add_to_log(loss=mean, gradient_norm=norm, lr=self.optimizers[0].param_groups[0]["lr"])
         return mean
 
     def examine(self):
-        """An exam: scores go into the log, answers into a file, two answers onto the screen."""
+        """An exam: its scores go into the log, the answers into a file, two of them onto the screen."""
         scores, answers = exam(self.model, self.settings.mode, self.corpus)
         self.add_to_log(**scores)
         write(self.path.with_name("answers.jsonl"), json_lines(answers))
@@ -206,25 +204,26 @@ class Run:
             tqdm.write("    {asked} -> {answer} [{truth}]".format(**first))
 
     def save(self):
-        """The log, then the checkpoint. A stop between the two does no harm: the checkpoint holds a log, too,
-        and who goes on from it writes the file anew."""
+        """The log, then the checkpoint. A crash in between does no harm: the checkpoint holds the log, too,
+        and a resumed run rewrites the file."""
         if self.settings.stage == "fine-tuning":
             write(self.path.with_name("log.jsonl"), json_lines(self.log))
         checkpoint = {
             "settings": vars(self.settings), "log": self.log, "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "row_rng": self.row_rng.get_state(), "mask_rng": self.mask_rng.get_state()}
-        torch.save(checkpoint, content := io.BytesIO())
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
         write(self.path, content.getvalue())
 
     def resume(self):
-        """Go on from the checkpoint at `path`, if there is one of these settings."""
+        """Go on from the checkpoint at `path`, if there is one with these settings."""
         if not self.path.exists():
             return
         saved = load(self.path, needs=("settings", "log", "model", "optimizers", "row_rng", "mask_rng"))
         difference = differs(saved["settings"], vars(self.settings))
-        if difference:  # this is a base: main() has refused a run that differs
-            return print(f"{self.path} has {difference}: {self.settings.stage} anew")
+        if difference:  # then this is a base: main() has refused a run that differs
+            return print(f"{self.path} has {difference}: {self.settings.stage} again, from scratch")
         self.log = saved["log"]
         self.step, self.flops, self.seconds = (self.log[-1][name] for name in ("step", "flops", "seconds"))
         self.model.load_state_dict(saved["model"])
@@ -232,7 +231,7 @@ class Run:
             optimizer.load_state_dict(state)
         self.row_rng.set_state(saved["row_rng"])
         self.mask_rng.set_state(saved["mask_rng"])
-        print(f"{self.path}: {self.settings.stage} goes on at step {self.step:,} of {self.settings.steps:,}")
+        print(f"{self.path} is at step {self.step:,} of {self.settings.steps:,} of {self.settings.stage}")
 
 
 def json_lines(dicts):
@@ -246,7 +245,7 @@ def json_lines(dicts):
 def between(kind, low, high):
     """An argparse type: a number of this kind (int or float) from low to high."""
     def number(text):
-        if not low <= kind(text) <= high:  # what is no number at all argparse refuses itself
+        if not low <= kind(text) <= high:  # argparse itself refuses what is not a number
             raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
         return kind(text)
     return number
@@ -257,8 +256,8 @@ def ratio(text):
     return text if text in RATIOS else between(float, 0, 1)(text)
 
 
-# The settings that pretraining does not depend on. The files of the code are settings, too, by fingerprint.
-FINE_TUNING = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
+# Settings that a base does not depend on. The files of the code are settings, too, by their fingerprints.
+FINE_TUNING_ONLY = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
 
 
 def parse_args():
@@ -270,7 +269,7 @@ def parse_args():
     add = parser.add_argument_group("what is compared").add_argument
     add("--mode", choices=MODES, default="masked", help=about(MODES))
     add("--paraphrases", choices=ARMS, default="none", help=f"texts about a new person. {about(ARMS)}")
-    add("--texts", type=between(int, 0, 100), default=0, help="how many; 0: as many as --paraphrases has")
+    add("--texts", type=between(int, 0, 100), default=0, help="per person; 0: as many as --paraphrases has")
     add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
         f"share such as .5, or a name in RATIOS: {', '.join(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
@@ -284,25 +283,25 @@ def parse_args():
     add("--n_head", type=count, default=2, help="heads: twice this must divide n_embd")
     add("--n_embd", type=count, default=64, help="channels: raise for more people")
     add("--batch_size", type=between(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
-    add("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
     add("--pretrain_steps", type=between(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
     add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
     add("--steps", type=between(int, 1, 10**9), default=1500, help="raise with --new")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="of the matrices; for adamw try other rates, such as --lr .001 --decay .1")
+        help="optimizer of the matrices; for adamw try --lr .001 --decay .1")
     add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
     add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
     add("--decay", type=rate, default=0.66, help="weight decay of the matrices: lower keeps more of the base")
     add("--embed_decay", type=rate, default=0.033, help="weight decay of the embedding, likewise")
     add("--question_share", type=between(float, 0, 0.9), default=0.16,
-        help="of the rows are questions; 0 for none")
-    add("--new_share", type=between(float, 0, 1), default=0.7, help="of the documents are about new people")
+        help="share of the rows that are questions; 0: none")
+    add("--new_share", type=between(float, 0, 1), default=0.7, help="share of the documents about new people")
     add = parser.add_argument_group("folder").add_argument
     add("--out_dir", type=Path, default=argparse.SUPPRESS,
-        help="of the run (default: out/MODE-PARAPHRASES-FLAGS THAT WERE CHANGED-seedSEED)")
-    add("--overwrite", action="store_true", help="train anew what stands in the folder")
+        help="folder of the run (default: out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED)")
+    add("--overwrite", action="store_true", help="delete the run in that folder and train again")
     args = parser.parse_args()
 
     mode = MODES[args.mode]
@@ -316,13 +315,13 @@ def parse_args():
     if args.known + args.new > MOST_PEOPLE:
         parser.error(f"--known and --new are too many people: there are names for {MOST_PEOPLE:,}")
 
-    # Folder and base are named after the flags that were changed, in the order above: --lr .01 --known 300
-    # trains out/masked-none-known300-lr0.01-seed0 from out/base-ar-known300-seed0.pt.
+    # Folder and base are named after the flags that were changed: --lr .01 --known 300 fine-tunes
+    # out/base-ar-known300-seed0.pt to out/masked-none-known300-lr0.01-seed0.
     defaults = {name: parser.get_default(name) for name in vars(args)} | {"mask_ratio": mode.ratio}
     unnamed = ("mode", "paraphrases", "seed", "device", "dtype", "out_dir", "overwrite")
     changed = {name: f"-{name}{value}" for name, value in vars(args).items()
                if name not in unnamed and value != defaults[name]}
-    of_base = "".join(text for name, text in changed.items() if name not in FINE_TUNING)
+    of_base = "".join(text for name, text in changed.items() if name not in FINE_TUNING_ONLY)
     args.base = Path(f"out/base-{mode.base}{of_base}-seed{args.seed}.pt")
     if "out_dir" not in args:
         args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
@@ -333,48 +332,50 @@ def parse_args():
 
 
 def stages(args):
-    """args -> the settings of pretraining and of fine-tuning: all that their results depend on."""
+    """args -> the settings of pretraining and those of fine-tuning: all that their results depend on."""
     finetuning = vars(args) | {"stage": "fine-tuning", "torch": str(torch.__version__)} | fingerprints()
+    finetuning["texts"] = args.texts or ARMS[args.paraphrases].texts
     for name in ("base", "out_dir", "overwrite"):
         finetuning.pop(name)
-    pretraining = {name: value for name, value in finetuning.items() if name not in FINE_TUNING}
-    mode = MODES[args.mode].base
-    pretraining |= PRETRAINING | {"stage": "pretraining", "mode": mode, "mask_ratio": MODES[mode].ratio,
-                                  "steps": args.pretrain_steps}
+    base_mode = MODES[args.mode].base
+    pretraining = {name: value for name, value in finetuning.items() if name not in FINE_TUNING_ONLY}
+    pretraining |= PRETRAINING | {"stage": "pretraining", "mode": base_mode, "steps": args.pretrain_steps,
+                                  "mask_ratio": MODES[base_mode].ratio}
     return argparse.Namespace(**pretraining), argparse.Namespace(**finetuning)
 
 
 @one_line
 def main():
-    """Pretraining if there is no base yet, fine-tuning, result. A run that is there goes on; one that is
-    finished prints its result; one of other settings or other code is refused."""
+    """Pretrain if there is no base yet, fine-tune, write the result. An unfinished run is resumed; a finished
+    one prints its result; one with other settings or other code is refused."""
     args = parse_args()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU one seed gives one result,
-    torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)  # as far as its kernels can
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU, too, should give one seed one result
+    torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
     if args.overwrite:
         for name in ("ckpt.pt", "result.json", "log.jsonl", "answers.jsonl"):
             (args.out_dir / name).unlink(missing_ok=True)
     for file in (finished, path):
-        difference = file.exists() and differs(load(file, needs=["settings"])["settings"], vars(finetuning))
-        if difference:
-            raise Stop(f"{args.out_dir} was trained with {difference}: --overwrite trains it anew, "
-                       "another --out_dir keeps both")
+        if file.exists():
+            difference = differs(load(file, needs=["settings"])["settings"], vars(finetuning))
+            if difference:
+                raise Stop(f"{args.out_dir} was trained with {difference}: --overwrite trains it again, "
+                           "another --out_dir keeps both")
     if finished.exists():
         print(report(load(finished, needs=["settings"])))
-        return print(f"{args.out_dir} is finished: --overwrite trains it anew")
+        return print(f"{args.out_dir} is finished: --overwrite trains it again")
 
     corpus = make_corpus(**{name: getattr(finetuning, name) for name in WORLD})
     model = make_model(vars(finetuning), MODES[args.mode].causal)
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device}")
     print(f"{args.known} known and {args.new} new people; writing to {args.out_dir}")
-    log = []  # of a run: it begins with that of its base
+    log = []
     if args.pretrain_steps and not path.exists():
         base = Run(pretraining, args.base, corpus, model)
         base.resume()
-        train(base)  # which has no step to do if the base was finished
+        train(base)  # which does nothing if the base was finished; its weights are now in `model`
         log = base.log
     run = Run(finetuning, path, corpus, model, log)
     run.resume()
@@ -384,8 +385,8 @@ def main():
     result = {"settings": vars(finetuning), **exams[-1], **chance(corpus)}
     result |= {f"before_{name}": score for name, score in exams[0].items()}
     result |= {f"peak_{name}": max(line[name] for line in exams) for name in ("forward", "backward")}
-    result |= {"documents": args.steps * sum(rows_per_batch(finetuning)[0].values()),
-               "curve": {name: [line[name] for line in exams] for name in ("step", "forward", "backward")},
+    result |= {"curve": {name: [line[name] for line in exams] for name in ("step", "forward", "backward")},
+               "documents": args.steps * sum(rows_per_batch(finetuning)[0].values()),
                "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
                "threads": torch.get_num_threads()}
     write(finished, json.dumps(result, indent=1).encode())

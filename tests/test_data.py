@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from data import ARMS, ATTRIBUTES, MARKS, POOLS, RELATIVE, WORDINGS, decode, encode, join, make_corpus
+from data import ARMS, ATTRIBUTES, CLUES, MARKS, POOLS, WORDINGS, decode, encode, join, make_corpus
 
 
 def texts(rows):
@@ -124,12 +124,12 @@ def test_a_backward_question_fits_one_person():
     corpus = make_corpus(known=1500, new=500, seed=0)
     for attribute in ATTRIBUTES[1:]:  # birth dates are too many to be used up
         assert {person.facts[attribute] for person in corpus.people} == set(POOLS[attribute])
-    told = [{RELATIVE[a].format(value) for a, value in person.facts.items()} for person in corpus.people]
+    clues_of = [{CLUES[a].format(value) for a, value in person.facts.items()} for person in corpus.people]
     exams = ask(corpus, "backward") + ask(corpus, "known_backward") + ask(corpus, "known_unasked")
     for question, name in exams:
         clues = set(re.split(", | and ", question.removeprefix("Who ").removesuffix("?")))
         assert len(clues) == 3
-        assert [p.name for p, facts in zip(corpus.people, told) if clues <= facts] == [name]
+        assert [p.name for p, facts in zip(corpus.people, clues_of) if clues <= facts] == [name]
 
 
 def test_the_rungs_ask_for_the_same_value_from_less_and_less():

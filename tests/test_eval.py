@@ -171,20 +171,31 @@ def test_blanks_are_masks_wherever_they_stand():
     assert evaluation.row_to_fill(" Who went to Reed? ") == row[:start] + [MARKS.mask] * CANVAS
 
 
-def test_curves_are_the_means_of_their_seeds():
-    """`--plot` draws two seeds that end at .4 and .8 as one line that ends at .6 and one band from .6 - .283
-    to .6 + .283, by hand, in a panel 230 high; a folder may be called anything."""
-    for seed, end in ((0, 0.4), (1, 0.8)):
-        folder = Path("out", f"a&b<c-seed{seed}")
-        folder.mkdir(parents=True)
-        curve = {"step": [0, 100], "forward": [0, end], "backward": [0, 0]}
-        content = json.dumps(result(seed, end) | {"curve": curve})
-        (folder / "result.json").write_text(content, encoding="utf-8")
-    call(evaluation, "--plot", "new/curves.svg")
+def drawn(*flags):
+    """What `--plot` draws of the runs under out/: the heights of its lines and bands, and its texts."""
+    call(evaluation, "--plot", "new/curves.svg", *flags)
     nodes = list(ElementTree.parse("new/curves.svg").iter())
     heights = {tag: [[float(point.split(",")[1]) for point in node.get("points").split()]
                      for node in nodes if node.tag.endswith(tag)] for tag in ("polyline", "polygon")}
+    return heights["polyline"], heights["polygon"], [node.text for node in nodes]
+
+
+def test_curves_are_the_means_of_their_seeds(capfd):
+    """`--plot` draws two seeds that end at .4 and .8 as one line that ends at .6 and one band from .6 - .283
+    to .6 + .283, by hand, in a panel 230 high; a folder may be called anything. With `--over` the same ends
+    stand over a setting, and a run that has no partner there has no line."""
+    for seed, texts, score in ((0, 5, 0.4), (1, 5, 0.8), (0, 1, 0), (1, 1, 0)):
+        folder = Path("out", f"a&b<c-same-texts{texts}-seed{seed}")
+        folder.mkdir(parents=True)
+        curve = {"step": [0, 100], "forward": [0, score], "backward": [0, 0]}
+        content = json.dumps(result(seed, score, texts=texts) | {"backward": 0, "curve": curve})
+        (folder / "result.json").write_text(content, encoding="utf-8")
     end, error = 280 - 230 * 0.6, 230 * 0.2 * 2**0.5
-    assert heights["polyline"] == [pytest.approx([280, end], abs=0.1), [280, 280]]
-    assert heights["polygon"][0] == pytest.approx([280, end - error, end + error, 280], abs=0.1)
-    assert [node.text for node in nodes].count("a&b<c") == 2
+    for flags, label in (((), "a&b<c-same-texts5"), (("--over", "texts"), "a&b<c-same")):
+        lines, bands, words = drawn(*flags)
+        assert pytest.approx([280, end], abs=0.1) in lines and [280, 280] in lines
+        assert pytest.approx([280, end + error, end - error, 280], abs=0.1) in [band[::-1] for band in bands]
+        assert words.count(label) == 2 and len(lines) == (2 if flags else 4)
+    assert words.count("texts") == words.count("5") == 2  # the axis of each panel, and its last value
+    for over in ("mode", "lr", "text"):
+        assert over in refusal(capfd, evaluation, "--plot", "x.svg", "--over", over)

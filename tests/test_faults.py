@@ -94,7 +94,7 @@ def test_after_a_stop_the_same_command_goes_on(mode, cause, remedy, stopped_at, 
     assert end.value.code == 2 and remedy in capfd.readouterr().err.splitlines()[-1]
     assert not list(Path().rglob("*.tmp"))
     tiny(train, "--mode", mode, folder="b/run")
-    assert "goes on at step" in capfd.readouterr().out
+    assert "is at step" in capfd.readouterr().out
     assert_same_run("a/run", "b/run")
 
 
@@ -150,7 +150,7 @@ BAD += [
     (evaluation, ["a", "b"], "arguments: b"),
     (evaluation, ["--plot", "x.png"], ".svg"), (evaluation, ["--plot", ""], ".svg"),
     (evaluation, ["--plot", "x.svg"], "no finished run"),
-    (evaluation, ["--plot", "x.svg", "--show"], "--show"),
+    (evaluation, ["--plot", "x.svg", "--show"], "--show"), (evaluation, ["--over", "texts"], "--plot"),
 ]
 
 
@@ -246,7 +246,7 @@ def test_a_run_of_other_people_or_another_model_is_not_asked(name, runs, monkeyp
 @pytest.mark.parametrize("text, reason", (
     ("", "a question"), ("  \n", "a question"), ("Who hates Rome?", "hates"), ("谁", "谁"),
     ("[mask] sings.", "sings"), ("Cur[mask]tis lives", "Cur"), ("*** !", "***"),
-    ("Who " * 5000, "too many"), ("[mask] " * 500, "too many")))
+    ("Who went to [mask]?", "none"), ("Who " * 5000, "too many"), ("[mask] " * 500, "too many")))
 def test_what_cannot_be_asked_ends_in_one_line(text, reason, runs, capfd):
     """Empty, with a word that this world lacks, or longer than a row."""
     refused = refusal(capfd, evaluation, "out/masked", "--ask", text)

@@ -50,8 +50,8 @@ def test_a_bidirectional_model_sees_the_future(name):
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("name", DEVICES)
 def test_padding_changes_nothing(name, causal):
-    """A row gives the same logits alone and with five pad tokens behind it: in float64, where attention is
-    written out, and to four digits in float32, where CPU and CUDA have a kernel of their own."""
+    """A row gives the same logits alone and with five pad tokens behind it: in float64, and to four digits in
+    float32, for which CPU and CUDA have kernels of their own."""
     model, a = make(causal), tokens()
     alone, padded = model(a), F.pad(a, (0, 5), value=PAD)
     torch.testing.assert_close(model(padded)[:, :8], alone, rtol=1e-12, atol=1e-12)

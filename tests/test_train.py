@@ -154,7 +154,7 @@ def test_editing_a_comment_changes_nothing_and_editing_code_needs_one_flag(monke
     refused = refusal(capfd, train, *TINY, "--out_dir", "out/run")
     assert "model.py" in refused and "--overwrite" in refused and "--out_dir" in refused
     tiny(train, "--overwrite")
-    assert "pretraining anew" in capfd.readouterr().out
+    assert "pretraining again" in capfd.readouterr().out
     tiny(train)  # and now the run is one of the new code
 
 
