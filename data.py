@@ -279,9 +279,9 @@ class Item(NamedTuple):
     canvas: int     # how many tokens the model writes
 
 
-def question_item(question, answer):
-    """A question; its answer must be followed by an end."""
-    return Item(*question_row(question), encode(answer) + [MARKS.end], CANVAS)
+def question_items(pairs):
+    """Questions with an empty canvas, from (question, answer); the answer must be followed by an [end]."""
+    return [Item(*question_row(question), encode(answer) + [MARKS.end], CANVAS) for question, answer in pairs]
 
 
 def document_items(person, pieces, attribute):
@@ -331,7 +331,6 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     rows = {"known": [], "new": []}
     trained = {"forward": [], "backward": []}   # (question, answer)
     exams = {name: [] for name in EXAMS}
-    ask = lambda pairs: [question_item(*pair) for pair in pairs]
     for i, person in enumerate(people):
         group = "known" if i < known else "new"
         own_rng = random.Random(f"{seed} {person.name}")  # one person's arm changes nobody else's texts
@@ -344,12 +343,12 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
             trained["forward"] += forward
             trained["backward"] += asked
             if i < new:  # no more known than new people are examined
-                exams["known_forward"] += ask(forward)
-                exams["known_backward"] += ask(asked[:2])
-                exams["known_unasked"] += ask(unasked)
+                exams["known_forward"] += question_items(forward)
+                exams["known_backward"] += question_items(asked[:2])
+                exams["known_unasked"] += question_items(unasked)
         else:
-            exams["forward"] += ask(forward)
-            exams["backward"] += ask(backward[:4])
+            exams["forward"] += question_items(forward)
+            exams["backward"] += question_items(backward[:4])
             for attribute in ATTRIBUTES:
                 recite, cloze = document_items(person, written[0], attribute)
                 if person.name in decode(recite.ids):  # not if the name comes later than this value

@@ -250,7 +250,7 @@ def plot(results, over=None):
 # Ask a run, and watch it
 
 
-def reopen(folder, device):
+def reopen(folder):
     """The run in a folder, from its checkpoint alone -> (its mode, its corpus, its model)."""
     path = folder / "ckpt.pt"
     if not path.exists():
@@ -261,7 +261,7 @@ def reopen(folder, device):
     for name in ("data.py", "model.py", "diffusion.py"):
         if settings[name] != now[name]:
             raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
-    settings["device"], settings["dtype"] = pick_machine(device, settings["dtype"])
+    settings["device"], settings["dtype"] = pick_machine("auto", settings["dtype"])
     corpus = make_corpus(**{name: settings[name] for name in WORLD})
     model = make_model(settings, MODES[settings["mode"]].causal)
     model.load_state_dict(saved["model"])
@@ -322,7 +322,6 @@ def main():
     add("--over", metavar="SETTING", help="with --plot: draw the last scores over a setting, such as texts")
     add("--ask", metavar="TEXT", help="let one run answer a question, or fill in each [mask] of a text")
     add("--show", action="store_true", help="watch a run write what --ask asks, or a biography and an answer")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU")
     args = parser.parse_args()
 
     if args.plot is not None and (args.plot.suffix != ".svg" or args.show or args.ask is not None):
@@ -332,7 +331,7 @@ def main():
 
     if args.ask is not None or args.show:
         asked = [] if args.ask is None else [row_to_fill(args.ask)]
-        mode, corpus, model = reopen(args.path, args.device)
+        mode, corpus, model = reopen(args.path)
         if not asked:  # an all-masked row as long as a document, and a question about a new person
             length = (corpus.documents["new"].tokens[0] != MARKS.pad).sum().item()
             item = corpus.exams["backward"][0]
