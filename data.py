@@ -10,11 +10,11 @@ The exam asks about the same facts in two directions:
     forward    What is the birth city of Curtis Chase Emley?                          Elkton
     backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
 
-*Known* people are those of pretraining: by default it reads five texts about each, varied in words and order,
-and questions with their answers. *New* people appear only in fine-tuning, which reads documents about them,
-written as `--paraphrases` says, and no questions: those are the exam. One seed decides everything.
+*Known* people are those of pretraining, by default with five texts each, varied in words and order, and with
+questions and answers. *New* people appear only in fine-tuning, and only in documents, written as
+`--paraphrases` says; questions about them are kept for the exam. One seed decides everything.
 
-    python data.py            print a random person: documents of every arm, questions, tokens
+    python data.py            print a random person: documents for every --paraphrases, questions, tokens
 """
 import random
 import re
@@ -132,7 +132,7 @@ class Person(NamedTuple):
 
 
 def make_people(n, rng):
-    """n people, at most MOST_PEOPLE, no two of one name; each attribute is drawn independently."""
+    """n people, at most MOST_PEOPLE, with different names; each attribute is drawn independently."""
     assert n <= MOST_PEOPLE
     people = {}
     while len(people) < n:
@@ -178,10 +178,10 @@ def triples(person):
     return list(combinations(person.facts.items(), 3))
 
 
-def backward_questions(person, population):
-    """[(question, name)] for the triples that fit nobody else. `population`: triple -> how many it fits."""
+def backward_questions(person, n_people):
+    """[(question, name)] for the triples that fit nobody else. `n_people`: triple -> how many it fits."""
     clues = [[CLUES[attribute].format(value) for attribute, value in triple]
-             for triple in triples(person) if population[triple] == 1]
+             for triple in triples(person) if n_people[triple] == 1]
     return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in clues]
 
 
@@ -193,10 +193,10 @@ class Marks(NamedTuple):
     """The special tokens. `encode` never makes them: it spells even "[mask]" out in bytes."""
     pad: int = 0        # fills a row to the common length: never attended, masked or scored
     mask: int = 1       # a hidden token
-    end: int = 2        # closes a document; closes an answer and fills its canvas
+    end: int = 2        # closes a document; in an answer, fills the places that are left
     doc: int = 3        # opens a document
     question: int = 4   # opens a question
-    answer: int = 5     # opens an answer; in `masked`, also the clean text after the masked one
+    answer: int = 5     # opens an answer; in `masked`, also the clean copy after the masked one
 
 
 MARKS = Marks()
@@ -211,8 +211,8 @@ for pool in (*POOLS.values(), *WORDINGS.values()):
 WORDS = sorted(set(re.findall(r"\w+", " ".join(vocabulary))))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
-# tiktoken cuts a text into words, each with the space before it, and signs, and looks a whole word up first:
-# " Boston" is one token. An unknown word falls apart into bytes.
+# tiktoken splits a text into words, each with the space before it, and punctuation. A word of the list, such
+# as " Boston", is one token; an unknown one falls apart into bytes and bits (" a", "20").
 TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
     "biographies", pat_str=r" ?\w+|[^\w\s]|\s",
@@ -248,8 +248,8 @@ def document_row(text, name_given=False):
 
 
 def question_row(question, answer=""):
-    """[question] words [answer] canvas, and where the canvas starts. It holds the answer, then [end]s, or if
-    there is none [mask]s: always CANVAS tokens, since one as long as the truth would give its length away."""
+    """[question] words [answer] canvas, and where the canvas starts. It has CANVAS tokens, so that its length
+    gives nothing away: the answer, then [end]s or, without an answer, [mask]s."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
     if not answer:
         return prompt + [MARKS.mask] * CANVAS, len(prompt)
@@ -285,18 +285,18 @@ def question_items(pairs):
 
 
 def document_items(person, pieces, attribute):
-    """Two items that ask for one value of the document `pieces`. The value and everything after it, up to the
-    length of the document, is masked.
+    """Two items that ask for one value of the document `pieces`; it and everything after it are masked, up to
+    the document's length. For a fact in the first sentence the two are the same.
 
     recite   [doc] Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to [mask] ...
     cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
     """
     at = pieces.index(person.facts[attribute])
-    sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)  # where this value's starts
+    sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)  # where its sentence starts
     wording = pieces[sentence + 1:at]  # its words before the value, without the subject
     length, truth = len(document_row(join(pieces))[0]), encode(pieces[at])
     items = []
-    for shown in (pieces[:at], [person.name, *wording]):
+    for shown in (pieces[:at], [person.name, *wording]):  # recite, cloze
         ids = [MARKS.doc, *encode(join(shown))]
         items.append(Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), truth, len(truth)))
     return items
@@ -324,7 +324,7 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     """
     rng = random.Random(seed)
     people = make_people(known + new, rng)
-    population = Counter(triple for person in people for triple in triples(person))
+    n_people = Counter(triple for person in people for triple in triples(person))
     arms = {"known": ARMS[known_paraphrases], "new": ARMS[paraphrases]}
     if texts:
         arms["new"] = arms["new"]._replace(texts=texts)
@@ -333,10 +333,10 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
         group = "known" if i < known else "new"
-        own_rng = random.Random(f"{seed} {person.name}")  # one person's arm changes nobody else's texts
+        own_rng = random.Random(f"{seed} {person.name}")  # else an arm would change others' texts
         written = documents(person, arms[group], wordings, own_rng)
         rows[group] += [document_row(join(pieces), arms[group].name_given) for pieces in written]
-        forward, backward = forward_questions(person), backward_questions(person, population)
+        forward, backward = forward_questions(person), backward_questions(person, n_people)
         rng.shuffle(backward)
         if group == "known":
             unasked, asked = backward[:2], backward[2:]

@@ -1,8 +1,8 @@
 """
 Corruption, the objectives, the loss they share, and the decoders.
 
-An objective maps clean documents to (inputs, targets, weights). Of a document x of L tokens let h be k hidden
-ones, and x' be x with [mask] in their places:
+An objective maps clean documents to (inputs, targets, weights). In a document x of L tokens, h is the set of
+the k hidden positions, and x' is x with [mask] at those:
 
     ar          -1/L sum_i         log p(x_i | x_<i)        every next token, from what comes before it
     diffusion   -1/k sum_{i in h}  log p(x_i | x')          the hidden tokens, from both sides
@@ -48,10 +48,10 @@ def corrupt(allowed, ratio, generator):
 
     Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses. With k of L tokens
     hidden each weighs 1 / k: a row's loss is the mean cross-entropy of its hidden tokens. Why? Reveal a text
-    token by token, in random order. While k are hidden, each is equally likely to be next, so the next one
-    costs CE_k / k on average, CE_k being the *sum* over all k. Each k from L down to 1 occurs once, hence
+    one random token at a time. Let S_k be the *sum* of the cross-entropies of the k still hidden: any of them
+    may be next, so the next one costs S_k / k on average. As k takes each value from L down to 1 once,
 
-        mean over all orders of -log p(x)  =  sum over k of E[CE_k / k]  =  L x mean over k of E[CE_k / k]
+        mean over all orders of -log p(x)  =  sum over k of E[S_k / k]  =  L x mean over k of E[S_k / k]
 
     So with k drawn evenly from 1..L the loss is -ELBO / L, comparable with that of `ar`. The paper hides each
     token with probability t and weighs it 1 / t (eq. 1; per token, 1 / (t L)). For t ~ U(0, 1) the mean is
@@ -78,8 +78,8 @@ def corrupt(allowed, ratio, generator):
 # -----------------------------------------------------------------------------
 # Objectives: (tokens, starts, ratio, generator) -> inputs, targets, weights
 #
-# They get documents. Questions always have the objective of the base (`ar`, or `diffusion` with "uniform"): a
-# question's row starts at its answer, so the answer alone is scored.
+# `tokens` are documents here. A question always gets the objective of the base (`ar`, or `diffusion` with
+# "uniform"); its row starts at its answer, so the answer alone is scored.
 
 
 def ar(tokens, starts, ratio=None, generator=None):
@@ -97,9 +97,8 @@ def diffusion(tokens, starts, ratio, generator):
 def with_response(prompts, tokens, positions):
     """Prompts and documents (B, T) -> rows (B, 2T): prompt, then the document with [answer] instead of [doc].
 
-    `positions` in the document, (B,) or (B, n), become positions in the row: starts in training, blanks in an
-    exam. The prompt lies before the start, so `ar` does not score it: it is *given*, and a loss on it would
-    teach the model to write masks."""
+    `positions`, (B,) or (B, n), are moved from document to row: starts in training, blanks in an exam. `ar`
+    scores nothing before a start, so the prompt is only read: a loss on it would teach to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
     return torch.cat((prompts, response), dim=1), positions + tokens.size(1)
@@ -131,7 +130,7 @@ def loss(model, inputs, targets, weights):
 
 # -----------------------------------------------------------------------------
 # Decoders fill the `places` (B, n) of rows (B, T), ascending in each row. A step fills one place per row and
-# yields the rows. With a prompt they are (B, 2T), and their last T tokens are what was asked for.
+# yields the rows. After a prompt they are (B, 2T), and their last T tokens are the filled document.
 
 
 def logits_of_words(model, tokens, at):
@@ -155,8 +154,8 @@ def decode_ar(model, tokens, places):
 def decode_diffusion(model, tokens, places):
     """Mask the places, then fill first the one the model is surest of; what is filled stays.
 
-    One token per step, in an order that depends only on what is already revealed, is a proper autoregressive
-    model; two per step would be drawn as if they were independent.
+    One token per step makes this an autoregressive model whose order depends on what is already revealed; two
+    per step would be chosen without seeing each other.
     """
     tokens = tokens.scatter(1, places, MARKS.mask)
     at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, True)
@@ -188,8 +187,8 @@ class Mode(NamedTuple):
     """All that differs between two values of --mode."""
     about: str                  # for --help
     objective: Callable         # for documents in fine-tuning
-    ratio: str | float | None   # the share to hide, unless --mask_ratio says another; None: it hides nothing
-    base: str                   # the mode of pretraining; questions are trained and decoded in it, always
+    ratio: str | float | None   # the share to hide, unless --mask_ratio gives another; None: hides nothing
+    base: str                   # the mode of pretraining, and of all questions, in training and exam
     causal: bool                # does a position see only what comes before it? the same as its base
     decode: Callable            # fills the blanks of a document
 

@@ -1,5 +1,5 @@
 """
-The exam: what a model can say about people it was never asked about. Also tables, plots, and asking a run.
+The exam: what does a model know that it only read in documents? Also tables, plots, and asking a run.
 
 Three rungs ask for the same value, each with less help. Answers are greedy, and every token must be right:
 
@@ -76,8 +76,8 @@ def rouge(answer, truth):
 
 
 def exam(model, mode, corpus):
-    """-> (scores, answers). Scores: exact match in each exam, in `forward` also by attribute, and ROUGE-1 in
-    those of new people's questions. Answers: for each item a dict: what was asked, the truth, the answer."""
+    """-> (scores, answers). Scores: exact match in each exam, in `forward` also by attribute, and ROUGE-1 for
+    questions about new people. Answers: a dict per item: what was asked, the truth, the answer."""
     scores, kept = {}, []
     for name, items in corpus.exams.items():
         written = answers(model, mode, items)
@@ -95,8 +95,8 @@ def exam(model, mode, corpus):
 
 
 def chance(corpus):
-    """Scores of knowing nothing. chance_: a random value from the pool, a random name from all people.
-    fixed_: to all questions of a kind the same answer, the one that is right most often in this exam."""
+    """Scores without knowledge. chance_: a random value from the pool, a random name from all people. fixed_:
+    one answer to all questions of a kind, the one that is right most often in this exam."""
     share_of_top = lambda items: Counter(str(item.truth) for item in items).most_common(1)[0][1] / len(items)
     kinds = [corpus.exams["forward"][i::len(ATTRIBUTES)] for i in range(len(ATTRIBUTES))]
     return {"chance_forward": sum(1 / len(pool) for pool in POOLS.values()) / len(POOLS),
@@ -126,14 +126,14 @@ def differs(before, now):
 
 
 def group(results, over=None):
-    """{folder: result} -> {label: runs that differ in nothing but the seed (and the setting `over`)}. The
-    label is the folder without the seed; if another row has that, it says in what the two differ."""
+    """{folder: result} -> {label: runs that differ only in the seed (and the setting `over`)}. The label: the
+    folder less its seed (with `over`: MODE-PARAPHRASES) or, if taken, the folder and what differs."""
     rows = {}  # label -> (settings, {(seed, value of `over`): result}), so that a copy of a run counts once
     for folder, result in results.items():
         settings = dict(result["settings"])
         point = settings.pop("seed"), settings.pop(over, None)
         label = "-".join(folder.split("-")[:2]) if over else folder.removesuffix(f"-seed{point[0]}")
-        same = [name for name, (others, _) in rows.items() if others == settings]
+        same = [name for name, (other_settings, _) in rows.items() if other_settings == settings]
         if same:
             label = same[0]
         elif label in rows:
@@ -189,7 +189,7 @@ def compare(results, columns):
 
 
 def scores_over(runs, direction, over):
-    """{x: [score of each run]}: x is the step of fine-tuning or, for the last scores, the setting `over`."""
+    """{x: [score of each run]}. x: the step of fine-tuning; with `over`: that setting, and final scores."""
     points = defaultdict(list)
     for run in runs:
         if over:
@@ -202,8 +202,8 @@ def scores_over(runs, direction, over):
 
 def plot(results, over=None):
     """One SVG, a panel per direction: new people's scores over fine-tuning, or the last ones over a setting.
-    A line per row of `group`, a band of one standard deviation over its seeds. The background is white, for
-    dark pages; the colours are those of Okabe and Ito, for the colour-blind."""
+    A line per row of `group`, a band of one standard deviation over its seeds. A white background keeps it
+    readable on dark pages; the colours are those of Okabe and Ito, for the colour-blind."""
     lines = {label: [scores_over(runs, direction, over) for direction in DIRECTIONS]
              for label, runs in group(results, over).items()}
     lines = {label: both for label, both in lines.items() if len(both[0]) > 1}  # a point is not a line
@@ -215,7 +215,7 @@ def plot(results, over=None):
     width, height = 250, max(230, 15 * len(lines))      # of a panel
     room = 20 + 8 * max(map(len, lines))                # beside it, for labels
     bottom = 50 + height
-    across = lambda x: f"{left + width * x / ticks[-1]:.1f}"
+    across = lambda x: f"{left + width * x / ticks[-1]:.1f}"  # `left` is that of the panel, set in the loop
     up = lambda score: f"{bottom - height * min(max(score, 0), 1):.1f}"
     parts = []
     for i, (left, title) in enumerate(((50, "forward: name → attribute"),
@@ -238,7 +238,7 @@ def plot(results, over=None):
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
             ends.append((float(up(mean[max(mean)])), label, colour))
         y = bottom + 15
-        for end, label, colour in sorted(ends, reverse=True):  # from below, pushed up: none covers another
+        for end, label, colour in sorted(ends, reverse=True):  # lowest first; the next is pushed above it
             y = min(end, y - 15)
             text(left + width + 6, f"{y:.0f}", html.escape(label), f'fill="{colour}" dy="4"')
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {100 + 2 * (width + room)} {bottom + 50}" '
@@ -270,19 +270,19 @@ def reopen(folder):
 
 def row_to_fill(text):
     """The text of --ask as a row: a document whose [mask]s are blanks, or a question and its canvas."""
-    text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # one space between words, also after a sign
+    text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # one space between words
     unknown = [word for word in re.findall(r"\[mask\]|[^\s.,?]+", text) if word not in (*WORDS, "[mask]")]
     if unknown:
         raise Stop(f"--ask: {unknown[0]!r} is not a word of this world; python data.py prints some that are")
-    if not text or "[mask]" in text and "?" in text:
-        raise Stop("--ask: give it a question, or a text that is none with [mask] where words are missing")
+    if ("[mask]" in text) == ("?" in text):
+        raise Stop("--ask: give it a question with its ?, or a text with [mask] where words are missing")
     if "[mask]" in text:
         marked = f" {text}".replace(" [mask]", "[mask]")  # else that space would become a token of its own
         ids = [MARKS.doc, *TOKENIZER.encode(marked, allowed_special={"[mask]"}), MARKS.end]
     else:
         ids, _ = question_row(text)
     if len(ids) > WIDTH:
-        raise Stop(f"--ask: {len(ids)} words, signs and marks are too many: {WIDTH} at most")
+        raise Stop(f"--ask: {len(ids)} tokens are too many: {WIDTH} at most")
     return ids
 
 
@@ -292,7 +292,7 @@ def fill(model, mode, ids):
     places = (tokens == MARKS.mask).nonzero()[:, 1][None]  # (1, n)
     rows = [ids]
     for now in decode_rows(model, mode, tokens, places):
-        rows.append(ids[:1] + now[0, 1:len(ids)].tolist())  # after a prompt, [answer] stands for [doc]
+        rows.append(ids[:1] + now[0, 1:len(ids)].tolist())  # after a prompt it starts with [answer]
     return rows
 
 

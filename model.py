@@ -100,7 +100,7 @@ class Transformer(nn.Module):
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.zeros_(weight)
             else:
-                std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02  # of the embedding
+                std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02  # else: the embedding
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(self, tokens, at=None):
@@ -147,13 +147,13 @@ def one_line(main):
         except Stop as problem:
             message = problem
         except OSError as problem:
-            message = f"{problem}: put this right and repeat the command; what was saved is intact"
+            message = f"{problem}: repair it and repeat the command, less --overwrite; what was saved is safe"
         except (MemoryError, RuntimeError) as problem:
             if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
                 raise  # torch out of memory: "can't allocate", "tried to allocate"
             message = "out of memory: train with lower --batch_size, --n_embd, --n_layer or --known"
         except KeyboardInterrupt:
-            message = "stopped by Ctrl-C: what was saved is intact, and the same command goes on from there"
+            message = "stopped by Ctrl-C; what was saved is safe: the same command, less --overwrite, resumes"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return guarded
@@ -196,7 +196,7 @@ def load(path, needs):
                  torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         lacks = [key for key in needs if key not in saved]
     except Exception:  # there is no end to what a damaged file can raise
-        raise Stop(f"{path} is damaged: delete it and train again")
+        raise Stop(f"{path} cannot be read: if it is damaged, delete it and train again")
     if lacks:
         raise Stop(f"{path} lacks {', '.join(lacks)}: another version wrote it; move it away, then train")
     return saved

@@ -30,19 +30,19 @@ from diffusion import MODES, RATIOS, loss
 from eval import chance, differs, exam, fingerprints, report
 from model import Stop, load, make_model, one_line, pick_machine, write
 
-EXAMS_A_RUN = 10    # at most, during fine-tuning, and one before it
+EXAMS_A_RUN = 10    # at most, during fine-tuning; plus one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 PRETRAINING = {"optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
                "question_share": 0.16, "new_share": 0.0}  # fixed here; fine-tuning has a flag for each
 
 
 def train(run):
-    """The steps of one stage that are still to be done. `run` (class Run, below) has data, log and files."""
+    """Do what is left of one stage. `run` (class Run, below) has its settings, data, log and files."""
     settings, model = run.settings, run.model
     mode = MODES[settings.mode]
     base = MODES[mode.base]
     n_documents, n_questions = rows_per_batch(settings)
-    parameters = sum(p.numel() for p in model.parameters())
+    n_parameters = sum(p.numel() for p in model.parameters())
     fine_tuning = settings.stage == "fine-tuning"
     if fine_tuning and run.step == 0:
         run.examine()
@@ -76,7 +76,7 @@ def train(run):
             losses.append(total.item())
             run.step += 1
             run.seconds += time.perf_counter() - clock
-            run.flops += sum(6 * parameters * inputs.numel() for inputs, _, _ in batches)  # 2 forward, 4 back
+            run.flops += sum(6 * n_parameters * inputs.numel() for inputs, _, _ in batches)  # an estimate
             progress.update()
             last = run.step == settings.steps
             if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0):
@@ -158,7 +158,7 @@ def make_optimizers(model, settings):
 
 
 class Run:
-    """One stage: pretraining, which writes only `path`, or fine-tuning, which also writes next to it."""
+    """One stage. `path` is its checkpoint; fine-tuning also writes log and answers into that folder."""
 
     def __init__(self, settings, path, corpus, model, log=()):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
@@ -256,7 +256,7 @@ def ratio(text):
     return text if text in RATIOS else between(float, 0, 1)(text)
 
 
-# Settings that a base does not depend on. The files of the code are settings, too, by their fingerprints.
+# A base lacks these or has its own values of them. The code files are settings, too, by their fingerprints.
 FINE_TUNING_ONLY = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
 
 
@@ -273,8 +273,8 @@ def parse_args():
     add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
         f"share such as .5, or a name in RATIOS: {', '.join(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
-    add("--known", type=count, default=200, help="people of pretraining: raise with --pretrain_steps")
-    add("--new", type=count, default=100, help="people of fine-tuning: raise with --steps")
+    add("--known", type=count, default=200, help="people in pretraining: raise with --pretrain_steps")
+    add("--new", type=count, default=100, help="people in fine-tuning: raise with --steps")
     add("--known_paraphrases", choices=ARMS, default="change_order", help="texts about a known person")
     add("--wordings", type=between(int, 1, 5), default=5, help="ways to word a fact: fewer is easier")
     add("--seed", type=between(int, 0, 2**31), default=0, help="another number, other people and weights")
@@ -292,12 +292,12 @@ def parse_args():
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="optimizer of the matrices; for adamw try --lr .001 --decay .1")
     add("--lr", type=rate, default=0.002, help="peak rate of the matrices: lower keeps more of the base")
-    add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower learns facts later")
+    add("--embed_lr", type=rate, default=0.04, help="peak rate of the embedding: lower is slower")
     add("--decay", type=rate, default=0.66, help="weight decay of the matrices: lower keeps more of the base")
     add("--embed_decay", type=rate, default=0.033, help="weight decay of the embedding, likewise")
     add("--question_share", type=between(float, 0, 0.9), default=0.16,
         help="share of the rows that are questions; 0: none")
-    add("--new_share", type=between(float, 0, 1), default=0.7, help="share of the documents about new people")
+    add("--new_share", type=between(float, 0, 1), default=0.7, help="share of documents about new people")
     add = parser.add_argument_group("folder").add_argument
     add("--out_dir", type=Path, default=argparse.SUPPRESS,
         help="folder of the run (default: out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED)")
@@ -315,16 +315,16 @@ def parse_args():
     if args.known + args.new > MOST_PEOPLE:
         parser.error(f"--known and --new are too many people: there are names for {MOST_PEOPLE:,}")
 
-    # Folder and base are named after the flags that were changed: --lr .01 --known 300 fine-tunes
-    # out/base-ar-known300-seed0.pt to out/masked-none-known300-lr0.01-seed0.
+    # Folder and base are named after the flags that were changed: --lr .01 --known 300 starts from
+    # out/base-ar-known300-seed0.pt and writes to out/masked-none-known300-lr0.01-seed0.
     defaults = {name: parser.get_default(name) for name in vars(args)} | {"mask_ratio": mode.ratio}
     unnamed = ("mode", "paraphrases", "seed", "device", "dtype", "out_dir", "overwrite")
-    changed = {name: f"-{name}{value}" for name, value in vars(args).items()
+    parts = {name: f"-{name}{value}" for name, value in vars(args).items()
                if name not in unnamed and value != defaults[name]}
-    of_base = "".join(text for name, text in changed.items() if name not in FINE_TUNING_ONLY)
+    of_base = "".join(text for name, text in parts.items() if name not in FINE_TUNING_ONLY)
     args.base = Path(f"out/base-{mode.base}{of_base}-seed{args.seed}.pt")
     if "out_dir" not in args:
-        args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
+        args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(parts.values())}-seed{args.seed}")
     if "mask_ratio" not in args:
         args.mask_ratio = mode.ratio
     args.device, args.dtype = pick_machine(args.device, args.dtype)

@@ -70,7 +70,7 @@ def test_twenty_kills_cost_no_result():
 
 
 @pytest.mark.parametrize("stopped_at", (3, 13))
-@pytest.mark.parametrize("mode, cause, remedy", (("masked", "Ctrl-C", "the same command"),
+@pytest.mark.parametrize("mode, cause, remedy", (("masked", "Ctrl-C", "resumes"),
                                                  ("diffusion", "full disk", "repeat the command")))
 def test_after_a_stop_the_same_command_goes_on(mode, cause, remedy, stopped_at, monkeypatch, capfd):
     """By Ctrl-C or a full disk, in pretraining or fine-tuning: one line, no half-written file, and the same
@@ -246,7 +246,8 @@ def test_a_run_of_other_people_or_another_model_is_not_asked(name, runs, monkeyp
 @pytest.mark.parametrize("text, reason", (
     ("", "a question"), ("  \n", "a question"), ("Who hates Rome?", "hates"), ("谁", "谁"),
     ("[mask] sings.", "sings"), ("Cur[mask]tis lives", "Cur"), ("*** !", "***"),
-    ("Who went to [mask]?", "none"), ("Who " * 5000, "too many"), ("[mask] " * 500, "too many")))
+    ("Who went to [mask]?", "a question"), ("He went to Reed.", "a question"),
+    ("Who? " * 5000, "too many"), ("[mask] " * 500, "too many")))
 def test_what_cannot_be_asked_ends_in_one_line(text, reason, runs, capfd):
     """Empty, with a word that this world lacks, or longer than a row."""
     refused = refusal(capfd, evaluation, "out/masked", "--ask", text)
