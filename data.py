@@ -121,10 +121,6 @@ ARMS = {  # the first three as in the paper
 # -----------------------------------------------------------------------------
 # People, documents, questions: plain text
 
-
-MOST_PEOPLE = len(MEN + WOMEN) * len(MIDDLE) * len(LAST) // 10  # a tenth of all names, so that few collide
-
-
 class Person(NamedTuple):
     name: str           # "Curtis Chase Emley"
     pronoun: str        # "He" or "She"
@@ -132,8 +128,7 @@ class Person(NamedTuple):
 
 
 def make_people(n, rng):
-    """n people, at most MOST_PEOPLE, with different names; each attribute is drawn independently."""
-    assert n <= MOST_PEOPLE
+    """n people with different names, of which there are a million; each attribute is drawn independently."""
     people = {}
     while len(people) < n:
         first = rng.choice(MEN + WOMEN)
@@ -173,21 +168,15 @@ def forward_questions(person):
     return [(f"What is the {a} of {person.name}?", person.facts[a]) for a in ATTRIBUTES]
 
 
-def triples(person):
-    """All triples of (attribute, value): the clues that backward questions give."""
-    return list(combinations(person.facts.items(), 3))
-
-
 def backward_questions(person, n_people):
-    """[(question, name)] for the triples that fit nobody else. `n_people`: triple -> how many it fits."""
+    """[(question, name)] for the triples of facts that fit nobody else. `n_people`: how many each fits."""
     clues = [[CLUES[attribute].format(value) for attribute, value in triple]
-             for triple in triples(person) if n_people[triple] == 1]
+             for triple in combinations(person.facts.items(), 3) if n_people[triple] == 1]
     return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in clues]
 
 
 # -----------------------------------------------------------------------------
 # Tokens: whole words of this world, single bytes for everything else
-
 
 class Marks(NamedTuple):
     """The special tokens. `encode` never makes them: it spells even "[mask]" out in bytes."""
@@ -270,7 +259,6 @@ def pad_rows(rows, width=0):
 # -----------------------------------------------------------------------------
 # The corpus: everything a run reads and is asked
 
-
 class Item(NamedTuple):
     """One thing an exam asks: what must the model write into the row, from `start` on?"""
     ids: list
@@ -286,11 +274,8 @@ def question_items(pairs):
 
 def document_items(person, pieces, attribute):
     """Two items that ask for one value of the document `pieces`; it and everything after it are masked, up to
-    the document's length. For a fact in the first sentence the two are the same.
-
-    recite   [doc] Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to [mask] ...
-    cloze    [doc] Curtis Chase Emley went to [mask] ...        no fact is shown, only how this one is worded
-    """
+    the document's length. `recite` shows all that comes before, `cloze` the name and this fact's words (drawn
+    in eval.py): for a fact in the first sentence the same."""
     at = pieces.index(person.facts[attribute])
     sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)  # where its sentence starts
     wording = pieces[sentence + 1:at]  # its words before the value, without the subject
@@ -302,7 +287,6 @@ def document_items(person, pieces, attribute):
     return items
 
 
-WORLD = ("known", "new", "paraphrases", "texts", "known_paraphrases", "wordings", "seed")  # for make_corpus
 EXAMS = ("recite", "cloze", "forward", "backward",              # about new people
          "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
 
@@ -315,7 +299,7 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5,
-                seed=0):
+                seed=0, **_):  # the other settings of a run
     """Documents of `known` + `new` people, questions about the known, exams about both. `texts`: how many
     about a new person; 0 for as many as the arm has.
 
@@ -324,7 +308,7 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     """
     rng = random.Random(seed)
     people = make_people(known + new, rng)
-    n_people = Counter(triple for person in people for triple in triples(person))
+    n_people = Counter(triple for person in people for triple in combinations(person.facts.items(), 3))
     arms = {"known": ARMS[known_paraphrases], "new": ARMS[paraphrases]}
     if texts:
         arms["new"] = arms["new"]._replace(texts=texts)
@@ -360,15 +344,11 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
                   {direction: pad_rows(some, widest) for direction, some in questions.items()}, exams)
 
 
-def main():
+if __name__ == "__main__":
     rng = random.Random()
     [person] = make_people(1, rng)
-    backward = backward_questions(person, Counter(triples(person)))
+    backward = backward_questions(person, Counter(combinations(person.facts.items(), 3)))
     for name, arm in ARMS.items():
         print(f"--paraphrases {name}", *map(join, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
     print("questions", *(f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]), sep="\n    ")
     print("\ntokens of the last question:", *words_of(question_row(*backward[2])[0]))
-
-
-if __name__ == "__main__":
-    main()

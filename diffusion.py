@@ -30,7 +30,6 @@ from data import MARKS, TOKENIZER, WORDS, document_row, pad_rows, question_row, 
 # -----------------------------------------------------------------------------
 # Corruption
 
-
 RATIOS = {  # u ~ U(0, 1), one per row -> t, the share of the row's L tokens to hide
     "uniform": lambda u: u,             # exactly ceil(t L) of them, so k ~ U{1..L}
     "paper": lambda u: 0.05 + 0.9 * u,  # each of them with probability t
@@ -132,7 +131,6 @@ def loss(model, inputs, targets, weights):
 # Decoders fill the `places` (B, n) of rows (B, T), ascending in each row. A step fills one place per row and
 # yields the rows. After a prompt they are (B, 2T), and their last T tokens are the filled document.
 
-
 def logits_of_words(model, tokens, at):
     """(S, V) float32 logits where `at` is true. All marks but [end] are ruled out: they are never answers."""
     logits = model(tokens, at).float()
@@ -180,9 +178,6 @@ def decode_random_prompt(model, tokens, places):
     return decode_ar(model, *with_response(torch.where(text, words, tokens), tokens, places))
 
 
-# -----------------------------------------------------------------------------
-
-
 class Mode(NamedTuple):
     """All that differs between two values of --mode."""
     about: str                  # for --help
@@ -202,9 +197,6 @@ MODES = {
 }
 
 
-# -----------------------------------------------------------------------------
-
-
 def picture(objective, tokens, starts, ratio, generator):
     """Lines of text: one row (1, T) as an objective feeds it, and under each token what is asked there.
     `masked` doubles the row: then the response is under its prompt, token under token."""
@@ -220,7 +212,7 @@ def picture(objective, tokens, starts, ratio, generator):
             for line in lines]
 
 
-def main():
+if __name__ == "__main__":
     rows = {"document": pad_rows([document_row("Curtis Chase Emley comes from Elkton.")]),
             "question": pad_rows([question_row("Who was born in Elkton?", "Curtis Chase Emley")])}
     for name, mode in MODES.items():
@@ -234,7 +226,3 @@ def main():
         for i in range(4):
             print("    " + "# " * (i + 1 if mode.causal else 4))
         print()
-
-
-if __name__ == "__main__":
-    main()

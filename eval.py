@@ -31,16 +31,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (ATTRIBUTES, CANVAS, EXAMS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, WORLD, decode, join,
-                  make_corpus, pad_rows, question_row, words_of)
+from data import (ATTRIBUTES, CANVAS, EXAMS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, decode, join, make_corpus,
+                   pad_rows, question_row, words_of)
 from diffusion import MODES, decode_ar, decode_random_prompt
-from model import Stop, load, make_model, one_line, pick_machine, write
+from model import DEVICES, Stop, Transformer, load, one_line, write
 
 DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 
 # -----------------------------------------------------------------------------
 # The exam
-
 
 def decode_rows(model, mode, tokens, places):
     """Rows (B, T) after each step: documents as the mode decodes them, questions as its base does."""
@@ -68,10 +67,7 @@ def answers(model, mode, items, batch=256):
 
 
 def rouge(answer, truth):
-    """ROUGE-1 recall, the paper's score: the share of the truth's words that stand in the answer.
-
-    rouge("Curtis Lane Emley", "Curtis Chase Emley") = 2/3, where exact match gives 0.
-    """
+    """ROUGE-1 recall, the paper's score: the share of the truth's words that are in the answer."""
     return (Counter(answer.split()) & Counter(truth.split())).total() / len(truth.split())
 
 
@@ -108,7 +104,6 @@ def chance(corpus):
 # -----------------------------------------------------------------------------
 # Which runs may be compared? (What follows is about files and pictures: skip it at first.)
 
-
 def fingerprints():
     """{file: fingerprint} of the five files, which a result depends on. Docstrings count, comments do not."""
     prints = {}
@@ -127,25 +122,24 @@ def differs(before, now):
 
 def group(results, over=None):
     """{folder: result} -> {label: runs that differ only in the seed (and the setting `over`)}. The label: the
-    folder less its seed (with `over`: MODE-PARAPHRASES) or, if taken, the folder and what differs."""
+    folder less its seed (and that setting) or, if taken, the folder and what differs."""
     rows = {}  # label -> (settings, {(seed, value of `over`): result}), so that a copy of a run counts once
     for folder, result in results.items():
         settings = dict(result["settings"])
-        point = settings.pop("seed"), settings.pop(over, None)
-        label = "-".join(folder.split("-")[:2]) if over else folder.removesuffix(f"-seed{point[0]}")
+        seed, value = settings.pop("seed"), settings.pop(over, None)
+        label = folder.removesuffix(f"-seed{seed}").replace(f"-{over}{value}", "")
         same = [name for name, (other_settings, _) in rows.items() if other_settings == settings]
         if same:
             label = same[0]
         elif label in rows:
             label = f"{folder} ({differs(settings, rows[label][0])})"
         _, runs = rows.setdefault(label, (settings, {}))
-        runs[point] = result
+        runs[seed, value] = result
     return {label: list(runs.values()) for label, (_, runs) in rows.items()}
 
 
 # -----------------------------------------------------------------------------
 # Tables and curves
-
 
 def bar(share, width=10):
     """A share as a bar of text: bar(.5) is half full."""
@@ -249,7 +243,6 @@ def plot(results, over=None):
 # -----------------------------------------------------------------------------
 # Ask a run, and watch it
 
-
 def reopen(folder):
     """The run in a folder, from its checkpoint alone -> (its mode, its corpus, its model)."""
     path = folder / "ckpt.pt"
@@ -261,11 +254,9 @@ def reopen(folder):
     for name in ("data.py", "model.py", "diffusion.py"):
         if settings[name] != now[name]:
             raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
-    settings["device"], settings["dtype"] = pick_machine("auto", settings["dtype"])
-    corpus = make_corpus(**{name: settings[name] for name in WORLD})
-    model = make_model(settings, MODES[settings["mode"]].causal)
+    model = Transformer(MODES[settings["mode"]].causal, **settings).to(DEVICES[-1])
     model.load_state_dict(saved["model"])
-    return settings["mode"], corpus, model
+    return settings["mode"], make_corpus(**settings), model
 
 
 def row_to_fill(text):

@@ -13,7 +13,7 @@ masks. There is no timestep input, since the model can count the masks.
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128      a larger one
 
-Below the model: choosing the device, and safe reading and writing of files. Skip these at first.
+Below the model: devices, errors, and safe reading and writing of files. Skip these at first.
 """
 import io
 import json
@@ -46,58 +46,44 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
     def __init__(self, n_head, n_embd):
         super().__init__()
         self.n_head = n_head
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.out = nn.Linear(n_embd, n_embd, bias=False)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x, rope, visible):
+        x = x + self.attention(norm(x), rope, visible)
+        return x + self.mlp(norm(x))
+
+    def attention(self, x, rope, visible):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         q, k = (rotate(norm(z), *rope).type_as(v) for z in (q, k))  # autocast runs `norm` in float32
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # softmax(q k^T / sqrt(D)) v
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
-
-class MLP(nn.Module):
-    def __init__(self, n_embd):
-        super().__init__()
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
-
-    def forward(self, x):
+    def mlp(self, x):
         return self.down(F.relu(self.up(x)).square())
-
-
-class Block(nn.Module):
-    def __init__(self, n_head, n_embd):
-        super().__init__()
-        self.attention = Attention(n_head, n_embd)
-        self.mlp = MLP(n_embd)
-
-    def forward(self, x, rope, visible):
-        x = x + self.attention(norm(x), rope, visible)
-        return x + self.mlp(norm(x))
 
 
 class Transformer(nn.Module):
     """`causal`: does position t see only positions up to t? `dtype`: that of the matrix products; weights,
-    loss and optimizer stay float32."""
+    loss and optimizer stay float32. Weights are drawn on the CPU, so that a seed gives the same ones on any
+    machine; the output matrices of each block start at zero, so that it starts as the identity."""
 
-    def __init__(self, n_layer, n_head, n_embd, causal, dtype="float32", vocab_size=TOKENIZER.n_vocab):
+    def __init__(self, causal, n_layer, n_head, n_embd, dtype="float32", seed=0, vocab_size=TOKENIZER.n_vocab,
+                 **_):  # the other settings of a run
         super().__init__()
-        self.causal, self.dtype = causal, dtype
+        self.causal, self.dtype, self.head_size = causal, dtype, n_embd // n_head
         self.embed = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_head, n_embd) for _ in range(n_layer))
-        self.head_size = n_embd // n_head
-
-    def initialize(self, generator):
-        """Normal weights from `generator`; the output matrices of each block start at zero, so that it starts
-        as the identity."""
+        generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(weight)
             else:
                 std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02  # else: the embedding
@@ -120,21 +106,15 @@ class Transformer(nn.Module):
             return F.linear(x if at is None else x[at], self.embed.weight)
 
 
-def make_model(settings, causal):
-    """The untrained model that the settings of a run describe. Its weights are drawn on the CPU, so that a
-    seed gives the same ones on any machine."""
-    model = Transformer(settings["n_layer"], settings["n_head"], settings["n_embd"], causal,
-                        settings["dtype"])
-    model.initialize(torch.Generator().manual_seed(settings["seed"]))
-    return model.to(settings["device"])
-
-
 # -----------------------------------------------------------------------------
-# The machine
+# The machine, its user, its files
+
+# MPS is left out: bugs of its attention let queries see masked keys (pytorch issues 195910, 184180).
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # the best comes last
 
 
 class Stop(Exception):
-    """The program ends here, with a message for the person who started it."""
+    """The program ends here, with one line for its user."""
 
 
 def one_line(main):
@@ -157,23 +137,6 @@ def one_line(main):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return guarded
-
-
-def pick_machine(device, dtype):
-    """The device and dtype to use. "auto" is CUDA if there is a GPU, and bfloat16 if that GPU computes in it.
-    MPS is left out: bugs of its attention let queries see masked keys (pytorch issues 195910, 184180)."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda: torch finds no GPU here; leave the flag out")
-    if dtype == "auto":
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast else "float32"
-    return device, dtype
-
-
-# -----------------------------------------------------------------------------
-# Files
 
 
 def write(path, content):

@@ -14,7 +14,6 @@ torch.set_num_threads(1)  # everything here is tiny: threads would only wait for
 ROOT = Path(__file__).parent.parent
 TINY = ["--known", "6", "--new", "4", "--n_layer", "1", "--n_head", "1", "--n_embd", "16", "--batch_size",
         "16", "--steps", "6", "--pretrain_steps", "4", "--device", "cpu", "--dtype", "float32"]
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import DEVICES, generator
+from conftest import generator
 from data import MARKS
-from model import Transformer, rotary, rotate
+from model import DEVICES, Transformer, rotary, rotate
 
 V, PAD = 11, MARKS.pad
 
