@@ -21,7 +21,6 @@ def rows(*items):
 
 # -- corruption --------------------------------------------------------------
 
-
 def test_uniform_masking_hides_every_number_of_tokens_equally_often():
     """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false
     alarm once in 350,000 runs), and each position is hidden 3/5 of the time."""
@@ -43,7 +42,6 @@ def test_a_fixed_ratio_hides_its_share():
 
 
 # -- objectives --------------------------------------------------------------
-
 
 @pytest.mark.parametrize("base", ("ar", "diffusion"))
 def test_questions_are_scored_on_the_answer_alone(base):
@@ -220,7 +218,6 @@ def test_a_random_prompt_has_the_shape_of_masked_and_tells_nothing():
 
 
 # -- decoding ----------------------------------------------------------------
-
 
 def scripted(logits):
     """A model whose logits for (row, position) come from a function: lets a test decide every confidence."""

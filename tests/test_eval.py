@@ -117,7 +117,6 @@ def test_chance_and_the_fixed_answer_are_computed():
 
 # -- tables ------------------------------------------------------------------
 
-
 def result(seed, score, **settings):
     """A result.json with the same score everywhere."""
     settings = {"mode": "ar", "lr": 0.02, "seed": seed} | settings
@@ -159,7 +158,6 @@ def test_a_damaged_result_ends_in_one_line(content, capfd):
 
 # -- asking ------------------------------------------------------------------
 
-
 def test_blanks_are_masks_wherever_they_stand():
     """A text with [mask] is the row of that document with those words masked; any other text is a question
     with an empty canvas."""
@@ -182,8 +180,7 @@ def drawn(*flags):
 
 def test_curves_are_the_means_of_their_seeds(capfd):
     """`--plot` draws two seeds that end at .4 and .8 as one line that ends at .6 and one band from .6 - .283
-    to .6 + .283, by hand, in a panel 230 high; a folder may be called anything. With `--over` the same ends
-    stand over a setting, and a run that has no partner there has no line."""
+    to .6 + .283, by hand, in a panel 230 high; `--over` draws the same ends over a setting."""
     for seed, texts, score in ((0, 5, 0.4), (1, 5, 0.8), (0, 1, 0), (1, 1, 0)):
         folder = Path("out", f"a&b<c-same-texts{texts}-seed{seed}")
         folder.mkdir(parents=True)

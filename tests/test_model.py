@@ -11,8 +11,7 @@ V, PAD = 11, MARKS.pad
 
 
 def make(causal, seed=0, dtype="float32"):
-    """A small model in float64 with no zero matrix, so that every path from input to output carries
-    signal."""
+    """A small model in float64 with no zero matrix, so that every path carries signal."""
     g = generator(seed)
     model = Transformer(n_layer=2, n_head=2, n_embd=16, causal=causal, dtype=dtype, vocab_size=V).double()
     for p in model.parameters():
@@ -50,8 +49,7 @@ def test_a_bidirectional_model_sees_the_future(name):
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("name", DEVICES)
 def test_padding_changes_nothing(name, causal):
-    """A row gives the same logits alone and with five pad tokens behind it: in float64, and to four digits in
-    float32, for which CPU and CUDA have kernels of their own."""
+    """A row gives the same logits alone and with five pad tokens after it, in float64 and float32."""
     model, a = make(causal), tokens()
     alone, padded = model(a), F.pad(a, (0, 5), value=PAD)
     torch.testing.assert_close(model(padded)[:, :8], alone, rtol=1e-12, atol=1e-12)

@@ -124,7 +124,6 @@ def test_what_a_run_spends_is_counted():
 
 # -- resume and reuse --------------------------------------------------------
 
-
 def test_a_finished_run_prints_its_result_again(monkeypatch, capsys):
     """The same command trains no step and says how to train anew: a loop over many runs can be repeated. And
     --overwrite removes no file but the run's own four."""
@@ -171,7 +170,6 @@ def test_code_and_corpora_are_never_mixed(name, monkeypatch, capsys):
 
 
 # -- what a step is made of --------------------------------------------------
-
 
 def rows_read(monkeypatch, *flags):
     """[(stage, ids)] of all rows that a tiny run reads, in order; it makes its base itself."""
