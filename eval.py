@@ -157,7 +157,7 @@ def report(scores):
             ("               question, attributes -> name", "backward", "chance_backward"),
             ("known people   question, name -> attribute", "known_forward", "chance_forward"),
             ("               question, attributes -> name", "known_backward", "chance_backward"),
-            ("               the same, never asked before", "known_unasked", "chance_backward")):
+            ("               the same, not in training", "known_unasked", "chance_backward")):
         after, before, by_chance = scores[name], scores[f"before_{name}"], scores[chance_level]
         lines.append(f"{label:<48}{after:.2f} {bar(after)}    {before:.2f}     {by_chance:.2f}")
     return "\n".join(lines)
