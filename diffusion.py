@@ -54,11 +54,11 @@ def corrupt(allowed, ratio, generator):
 
     So with k drawn evenly from 1..L the loss is -ELBO / L, comparable with that of `ar`. The paper hides each
     token with probability t and weighs it 1 / t (eq. 1; per token, 1 / (t L)). For t ~ U(0, 1) the mean is
-    the same, but a small t gives huge weights. Its t is in .05 .. .95, so its loss is *not* the ELBO.
+    the same, but a small t gives huge weights. The paper's t is in .05 .. .95: its loss is *not* the ELBO.
     """
     B, T = allowed.shape
     u = torch.rand(B, 1, generator=generator).to(allowed.device)        # (B, 1)
-    draws = torch.rand(B, T, generator=generator).to(allowed.device)     # (B, T), a number for each position
+    draws = torch.rand(B, T, generator=generator).to(allowed.device)    # (B, T), a number for each position
     draws = draws.masked_fill(~allowed, torch.inf)
     L = allowed.sum(1, keepdim=True)                                    # (B, 1)
     if ratio in RATIOS:
@@ -69,7 +69,7 @@ def corrupt(allowed, ratio, generator):
         hidden = draws < t
         return hidden, hidden / (t * L)
     k = (t * L).ceil()                                                  # (B, 1)
-    rank = draws.argsort(dim=1).argsort(dim=1)                         # (B, T): 0 for a row's smallest draw
+    rank = draws.argsort(dim=1).argsort(dim=1)                          # (B, T): 0 for a row's smallest draw
     hidden = rank < k
     return hidden, hidden / k.clamp(min=1)
 
