@@ -168,10 +168,15 @@ def forward_questions(person):
     return [(f"What is the {a} of {person.name}?", person.facts[a]) for a in ATTRIBUTES]
 
 
+def triples(person):
+    """All triples of (attribute, value): the clues that backward questions give."""
+    return list(combinations(person.facts.items(), 3))
+
+
 def backward_questions(person, n_people):
     """[(question, name)] for the triples of facts that fit nobody else. `n_people`: how many each fits."""
     clues = [[CLUES[attribute].format(value) for attribute, value in triple]
-             for triple in combinations(person.facts.items(), 3) if n_people[triple] == 1]
+             for triple in triples(person) if n_people[triple] == 1]
     return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in clues]
 
 
@@ -308,7 +313,7 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     """
     rng = random.Random(seed)
     people = make_people(known + new, rng)
-    n_people = Counter(triple for person in people for triple in combinations(person.facts.items(), 3))
+    n_people = Counter(triple for person in people for triple in triples(person))
     arms = {"known": ARMS[known_paraphrases], "new": ARMS[paraphrases]}
     if texts:
         arms["new"] = arms["new"]._replace(texts=texts)
@@ -347,7 +352,7 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
 if __name__ == "__main__":
     rng = random.Random()
     [person] = make_people(1, rng)
-    backward = backward_questions(person, Counter(combinations(person.facts.items(), 3)))
+    backward = backward_questions(person, Counter(triples(person)))
     for name, arm in ARMS.items():
         print(f"--paraphrases {name}", *map(join, documents(person, arm, 5, rng)), sep="\n    ", end="\n\n")
     print("questions", *(f"{q} -> {a}" for q, a in forward_questions(person) + backward[:3]), sep="\n    ")

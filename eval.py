@@ -127,7 +127,9 @@ def group(results, over=None):
     for folder, result in results.items():
         settings = dict(result["settings"])
         seed, value = settings.pop("seed"), settings.pop(over, None)
-        label = folder.removesuffix(f"-seed{seed}").replace(f"-{over}{value}", "")
+        label = folder.removesuffix(f"-seed{seed}")
+        if over:
+            label = label.replace(f"-{over}{value}", "")
         same = [name for name, (other_settings, _) in rows.items() if other_settings == settings]
         if same:
             label = same[0]

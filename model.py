@@ -127,13 +127,13 @@ def one_line(main):
         except Stop as problem:
             message = problem
         except OSError as problem:
-            message = f"{problem}: repair it and repeat the command, less --overwrite; what was saved is safe"
+            message = f"{problem}: mend it and repeat the command without --overwrite; saved work is safe"
         except (MemoryError, RuntimeError) as problem:
             if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
                 raise  # torch out of memory: "can't allocate", "tried to allocate"
             message = "out of memory: train with lower --batch_size, --n_embd, --n_layer or --known"
         except KeyboardInterrupt:
-            message = "stopped by Ctrl-C; what was saved is safe: the same command, less --overwrite, resumes"
+            message = "stopped by Ctrl-C; saved work is safe: the same command without --overwrite resumes"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return guarded

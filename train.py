@@ -345,9 +345,10 @@ def main():
     torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
+    if args.overwrite:
+        for name in ("ckpt.pt", "result.json", "log.jsonl", "answers.jsonl"):
+            (args.out_dir / name).unlink(missing_ok=True)
     for file in (finished, path):
-        if args.overwrite:
-            file.unlink(missing_ok=True)
         if file.exists():
             difference = differs(load(file, needs=["settings"])["settings"], vars(finetuning))
             if difference:

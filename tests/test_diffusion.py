@@ -248,8 +248,7 @@ def test_two_bits_that_differ_need_two_steps():
 
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
 def test_a_mark_is_never_an_answer(decoder):
-    """Even a model that would answer [mask], [pad] or a question mark everywhere must answer a word or the
-    end."""
+    """Even a model that would answer [pad], [mask] or [doc] everywhere must answer a word or the end."""
     def logits(tokens, b, t):
         return torch.arange(20.0, 0, -1)  # the lower the id the likelier: all marks come first
     tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])

@@ -1,4 +1,5 @@
 """Runs as people start them: every mode and arm, one base for all, counts that add up, resume and reuse."""
+import inspect
 import json
 import math
 import os
@@ -66,7 +67,7 @@ def test_folder_and_base_are_named_after_what_was_changed(flags, folder, base, m
 
 
 def test_every_setting_reaches_the_people_and_the_model(monkeypatch):
-    """Seven settings make the corpus, the sizes and the mode make the model: none is dropped or exchanged."""
+    """Seven settings make the corpus, sizes and mode the model: none is dropped, exchanged or misspelt."""
     seen, make_corpus, Transformer = [], train.make_corpus, train.Transformer
     monkeypatch.setattr(train, "make_corpus", lambda **world: seen.append(world) or make_corpus(**world))
     monkeypatch.setattr(train, "Transformer", lambda *a, **k: seen.append(Transformer(*a, **k)) or seen[-1])
@@ -77,6 +78,8 @@ def test_every_setting_reaches_the_people_and_the_model(monkeypatch):
         tiny(train, "--mode", mode, *flags, "--n_layer", "2", "--n_head", "4", folder=f"out/{mode}")
         model = seen[-1]
         assert world.items() <= seen[-2].items() and model.causal == (mode == "masked")
+        names = {*inspect.signature(make_corpus).parameters, *inspect.signature(Transformer).parameters}
+        assert names - {"_", "causal", "vocab_size"} <= seen[-2].keys()
         assert (len(model.blocks), model.head_size, model.embed.embedding_dim) == (2, 16 // 4, 16)
     assert all(mode.causal == MODES[mode.base].causal for mode in MODES.values())
 
@@ -243,8 +246,7 @@ def test_the_rates_reach_their_optimizers(optimizer, monkeypatch):
 
 
 def test_the_mask_ratio_reaches_the_documents_of_fine_tuning_alone(monkeypatch):
-    """4 steps of pretraining, 6 of fine-tuning: the base and all questions keep a ratio of their own; else
-    BERT's share would compare two things at once."""
+    """The base and all questions keep a ratio of their own; else BERT's share would compare two things."""
     given, real = Counter(), MODES["diffusion"]
 
     def objective(tokens, starts, ratio, generator):
@@ -257,8 +259,7 @@ def test_the_mask_ratio_reaches_the_documents_of_fine_tuning_alone(monkeypatch):
 
 @pytest.mark.parametrize("shape", ((48, 16), (16, 16), (16, 64)))
 def test_muon_is_muon(shape):
-    """Five steps with random gradients, beside PyTorch's own, which computes in bfloat16: the weights move
-    the same way within its precision."""
+    """Five steps with random gradients move weights as PyTorch's own does, within its bfloat16 precision."""
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
     optimizers = (train.Muon([ours], 0.1, 0.5),
                   torch.optim.Muon([theirs], 0.1, momentum=0.95, weight_decay=0.5))
