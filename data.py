@@ -11,8 +11,9 @@ The exam asks about the same facts in two directions:
     backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
 
 *Known* people are those of pretraining, by default with five texts each, varied in words and order, and with
-questions and answers. *New* people appear only in fine-tuning, and only in documents, written as
-`--paraphrases` says; questions about them are kept for the exam. One seed decides everything.
+questions and answers. *New* people appear only in fine-tuning, and only in documents; questions about them
+are kept for the exam. How documents are written, say one text or five per person, is an *arm* of the
+experiment: `--paraphrases` for new people. One seed decides everything. "The paper" is arXiv 2510.09885.
 
     python data.py            print a random person: documents for every --paraphrases, questions, tokens
 """
@@ -100,7 +101,7 @@ CLUES = {  # how a backward question words each attribute
 
 
 class Arm(NamedTuple):
-    """One way to write the documents about a person: an arm of the experiment."""
+    """One way to write the documents about a person."""
     about: str                      # for --help
     texts: int = 1                  # texts per person (`reverse` doubles them)
     change_order: bool = False      # the order of the facts changes from text to text
@@ -113,7 +114,7 @@ ARMS = {  # the first three as in the paper
     "none": Arm("one text"),
     "same_order": Arm("five texts, the facts always in the same order", texts=5),
     "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
-    "name_anywhere": Arm("like change_order, the name anywhere", 5, change_order=True, name_anywhere=True),
+    "name_anywhere": Arm("as change_order, the name anywhere", 5, change_order=True, name_anywhere=True),
     "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
     "name_given": Arm("one text; its name is always shown, never masked or scored", name_given=True),
 }
@@ -190,7 +191,7 @@ class Marks(NamedTuple):
     end: int = 2        # closes a document; in an answer, fills the places that are left
     doc: int = 3        # opens a document
     question: int = 4   # opens a question
-    answer: int = 5     # opens an answer; in `masked`, also the clean copy after the masked one
+    answer: int = 5     # opens an answer; also a document that follows a prompt (`masked`)
 
 
 MARKS = Marks()
@@ -199,14 +200,14 @@ CANVAS = 4      # tokens of every answer: up to three words, then [end]s
 WIDTH = 48      # tokens of every document's row, whatever its arm: those of the longest possible document
 
 # Every word the generator can write; sorted, so that a word has the same id in every run.
-vocabulary = [*MEN, *WOMEN, *MIDDLE, *LAST, *POOLS, *CLUES.values(), "What is the of Who and He She"]
+vocabulary = [*MEN, *WOMEN, *MIDDLE, *LAST, *ATTRIBUTES, *CLUES.values(), "What is the of Who and He She"]
 for pool in (*POOLS.values(), *WORDINGS.values()):
     vocabulary += pool
 WORDS = sorted(set(re.findall(r"\w+", " ".join(vocabulary))))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
 # tiktoken splits a text into words, each with the space before it, and punctuation. A word of the list, such
-# as " Boston", is one token; an unknown one falls apart into bytes and bits (" a", "20").
+# as " Boston", is one token; an unknown word is spelled in several, at worst in bytes, which spell anything.
 TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
     "biographies", pat_str=r" ?\w+|[^\w\s]|\s",
@@ -242,8 +243,8 @@ def document_row(text, name_given=False):
 
 
 def question_row(question, answer=""):
-    """[question] words [answer] canvas, and where the canvas starts. It has CANVAS tokens, so that its length
-    gives nothing away: the answer, then [end]s or, without an answer, [mask]s."""
+    """[question] words [answer] canvas, and where the canvas starts. The canvas always has CANVAS tokens, so
+    that its length does not tell the answer's: the answer and [end]s or, without an answer, [mask]s."""
     prompt = [MARKS.question, *encode(question), MARKS.answer]
     if not answer:
         return prompt + [MARKS.mask] * CANVAS, len(prompt)
@@ -278,15 +279,16 @@ def question_items(pairs):
 
 
 def document_items(person, pieces, attribute):
-    """Two items that ask for one value of the document `pieces`; it and everything after it are masked, up to
-    the document's length. `recite` shows all that comes before, `cloze` the name and this fact's words (drawn
-    in eval.py): for a fact in the first sentence the same."""
-    at = pieces.index(person.facts[attribute])
-    sentence = max((i + 1 for i in range(at) if pieces[i] == "."), default=0)  # where its sentence starts
-    wording = pieces[sentence + 1:at]  # its words before the value, without the subject
-    length, truth = len(document_row(join(pieces))[0]), encode(pieces[at])
+    """Two items that ask for one value of the document `pieces`. `recite` shows everything before the value,
+    `cloze` only the name and the words between the subject of the value's sentence and the value (drawn in
+    eval.py). The value and the rest, up to the document's length, are [mask]s."""
+    value = pieces.index(person.facts[attribute])
+    subject = value
+    while subject > 0 and pieces[subject - 1] != ".":  # go back to the start of the sentence
+        subject -= 1
+    length, truth = len(document_row(join(pieces))[0]), encode(pieces[value])
     items = []
-    for shown in (pieces[:at], [person.name, *wording]):  # recite, cloze
+    for shown in (pieces[:value], [person.name, *pieces[subject + 1:value]]):  # recite, cloze
         ids = [MARKS.doc, *encode(join(shown))]
         items.append(Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), truth, len(truth)))
     return items
@@ -304,9 +306,10 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5,
-                seed=0, **_):  # the other settings of a run
+                seed=0, **_):
     """Documents of `known` + `new` people, questions about the known, exams about both. `texts`: how many
-    about a new person; 0 for as many as the arm has.
+    about a new person; 0 for as many as the arm has. Callers may pass all settings of a run: the rest (`_`)
+    is ignored.
 
     The arm of new people changes nothing that is read about known people, so one base serves all arms. Two
     backward questions about each known person are kept out of training, for the exam `known_unasked`.
@@ -322,7 +325,7 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
         group = "known" if i < known else "new"
-        own_rng = random.Random(f"{seed} {person.name}")  # else an arm would change others' texts
+        own_rng = random.Random(f"{seed} {person.name}")  # so the arm of new people changes no other texts
         written = documents(person, arms[group], wordings, own_rng)
         rows[group] += [document_row(join(pieces), arms[group].name_given) for pieces in written]
         forward, backward = forward_questions(person), backward_questions(person, n_people)

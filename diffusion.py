@@ -1,14 +1,17 @@
 """
 Corruption, the objectives, the loss they share, and the decoders.
 
-An objective maps clean documents to (inputs, targets, weights). In a document x of L tokens, h is the set of
-the k hidden positions, and x' is x with [mask] at those:
+An objective maps clean documents to (inputs, targets, weights). Let x be the L tokens of a document (after
+[doc], and with its [end]), h the set of the k hidden positions, and x' the same with [mask] at those:
 
     ar          -1/L sum_i         log p(x_i | x_<i)        every next token, from what comes before it
     diffusion   -1/k sum_{i in h}  log p(x_i | x')          the hidden tokens, from both sides
     masked      -1/L sum_i         log p(x_i | x', x_<i)    `ar`, but with x' as a prompt
 
-`masked` is `ar` on a longer row: a document full of holes is a question, and the whole document its answer.
+`masked` is `ar` on a longer row, a document full of holes and then the whole document, which alone is scored:
+
+    [doc] [mask] [mask] [mask] comes from Elkton . [end] [answer] Curtis Chase Emley comes from Elkton . [end]
+
 So a causal model, too, learns a fact in every direction: whatever was hidden must be recalled from the rest.
 With `ar` it does not: on a text that starts with the name it learns p(name) and p(facts | name), but
 p(name | facts) is not in its loss.
@@ -16,7 +19,7 @@ p(name | facts) is not in its loss.
     python diffusion.py        print what goes into the model and, under each token, what it must predict
     python train.py --mode masked --mask_ratio uniform
 
-Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts; everything
+Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts: everything
 before it is given. In training, randomness comes from `generator` alone.
 """
 from itertools import zip_longest
@@ -45,16 +48,17 @@ def content(tokens, starts):
 def corrupt(allowed, ratio, generator):
     """Choose which of the `allowed` (B, T) positions to hide. `ratio`: a name in RATIOS, or a share t.
 
-    Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses. With k of L tokens
-    hidden each weighs 1 / k: a row's loss is the mean cross-entropy of its hidden tokens. Why? Reveal a text
-    one random token at a time. Let S_k be the *sum* of the cross-entropies of the k still hidden: any of them
-    may be next, so the next one costs S_k / k on average. As k takes each value from L down to 1 once,
+    Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses. With k of a row's L
+    tokens hidden each weighs 1 / k: the row's loss is M_k, the mean cross-entropy of the hidden ones. Why?
+    Reveal a text one token at a time, in random order. While k are hidden, each may be the next, so the next
+    one costs M_k on average. Over the whole text k goes from L down to 1:
 
-        mean over all orders of -log p(x)  =  sum over k of E[S_k / k]  =  L x mean over k of E[S_k / k]
+        mean over all orders of -log p(x)  =  sum over k of E[M_k]  =  L x mean over k of E[M_k]
 
-    So with k drawn evenly from 1..L the loss is -ELBO / L, comparable with that of `ar`. The paper hides each
-    token with probability t and weighs it 1 / t (eq. 1; per token, 1 / (t L)). For t ~ U(0, 1) the mean is
-    the same, but a small t gives huge weights. The paper's t is in .05 .. .95: its loss is *not* the ELBO.
+    So with k drawn evenly from 1..L the loss is that, per token, and comparable with `ar`'s. (It bounds the
+    -log p(x) of the mixture of all orders: hence its name, negative ELBO.) The paper hides each token with
+    probability t and weighs it 1 / t (eq. 1; per token, 1 / (t L)). For t ~ U(0, 1) the mean is the same, but
+    a small t gives huge weights. The paper's t is in .05 .. .95: its loss is *not* the ELBO.
     """
     B, T = allowed.shape
     u = torch.rand(B, 1, generator=generator).to(allowed.device)        # (B, 1)
@@ -77,9 +81,8 @@ def corrupt(allowed, ratio, generator):
 # -----------------------------------------------------------------------------
 # Objectives: (tokens, starts, ratio, generator) -> inputs, targets, weights
 #
-# `tokens` are documents here. A question always gets the objective of the base (`ar`, or `diffusion` with
-# "uniform"); its row starts at its answer, so the answer alone is scored.
-
+# `tokens` are documents or questions; a question's row starts at its answer, so that alone is hidden or
+# scored. (Questions only meet `ar` and `diffusion`, the objectives of the two bases: see `Mode`.)
 
 def ar(tokens, starts, ratio=None, generator=None):
     """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over the content of each row."""
@@ -96,8 +99,9 @@ def diffusion(tokens, starts, ratio, generator):
 def with_response(prompts, tokens, positions):
     """Prompts and documents (B, T) -> rows (B, 2T): prompt, then the document with [answer] instead of [doc].
 
-    `positions`, (B,) or (B, n), are moved from document to row: starts in training, blanks in an exam. `ar`
-    scores nothing before a start, so the prompt is only read: a loss on it would teach to write masks."""
+    `positions`, (B,) or (B, n), count from a document's beginning; the returned ones from its row's, T more.
+    In training these are starts, in an exam the places to fill. As `ar` scores nothing before a start, the
+    prompt is only read: a loss on it would teach to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
     return torch.cat((prompts, response), dim=1), positions + tokens.size(1)
@@ -107,7 +111,9 @@ def masked(tokens, starts, ratio, generator):
     """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | x', x_<i). All of the response is
     scored, even what the prompt shows."""
     hidden, _ = corrupt(content(tokens, starts), ratio, generator)
-    return ar(*with_response(tokens.masked_fill(hidden, MARKS.mask), tokens, starts))
+    prompts = tokens.masked_fill(hidden, MARKS.mask)
+    rows, response_starts = with_response(prompts, tokens, starts)  # (B, 2T), (B,)
+    return ar(rows, response_starts)
 
 
 def random_prompt(tokens, starts, ratio=None, generator=None):
@@ -121,15 +127,16 @@ def random_words(shape, generator):  # the words have the last ids
 
 
 def loss(model, inputs, targets, weights):
-    """sum(weights x cross-entropy) / B, in nats per token: a weighted mean of each row, then of the rows."""
+    """sum(weights x cross-entropy) / B, in nats per token: a weighted sum in each row, then their mean."""
     at = weights > 0  # logits are computed only where they count
     nll = F.cross_entropy(model(inputs, at).float(), targets[at], reduction="none")  # (S,)
     return (nll * weights[at]).sum() / len(inputs)
 
 
 # -----------------------------------------------------------------------------
-# Decoders fill the `places` (B, n) of rows (B, T), ascending in each row. A step fills one place per row and
-# yields the rows. After a prompt they are (B, 2T), and their last T tokens are the filled document.
+# Decoders fill the `places` (B, n), ascending in each row, of tokens (B, T). They are generators: after each
+# step they yield all tokens, with one more place filled in every row. Those that put a prompt in front yield
+# (B, 2T): prompt, then document.
 
 def logits_of_words(model, tokens, at):
     """(S, V) float32 logits where `at` is true. All marks but [end] are ruled out: they are never answers."""
@@ -158,6 +165,7 @@ def decode_diffusion(model, tokens, places):
     tokens = tokens.scatter(1, places, MARKS.mask)
     at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, True)
     for _ in range(places.size(1)):
+        # The best token of each place; of the places still masked the surest; that one is filled.
         logits = logits_of_words(model, tokens, at).view(*places.shape, -1)  # (B, n, V)
         confidence, best = logits.log_softmax(-1).max(-1)  # (B, n)
         filled = tokens.gather(1, places) != MARKS.mask  # (B, n)

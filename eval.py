@@ -1,5 +1,5 @@
 """
-The exam: what does a model know that it only read in documents? Also tables, plots, and asking a run.
+The exam: what does a model know that it only read in documents? Below it: tables, plots, asking a run.
 
 Three rungs ask for the same value, each with less help. Answers are greedy, and every token must be right:
 
@@ -17,7 +17,6 @@ Questions are asked in two directions, forward (as above) and backward (facts ->
     python eval.py out/RUN --ask "[mask] [mask] [mask] comes from Elkton. He went to Reed."
 """
 import argparse
-import ast
 import hashlib
 import html
 import re
@@ -25,6 +24,7 @@ import shutil
 import sys
 import textwrap
 import time
+import tokenize
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -43,8 +43,9 @@ DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 
 def decode_rows(model, mode, tokens, places):
     """Rows (B, T) after each step: documents as the mode decodes them, questions as its base does."""
-    document = tokens[0, 0] == MARKS.doc
-    decode = MODES[mode].decode if document else MODES[MODES[mode].base].decode
+    if tokens[0, 0] != MARKS.doc:
+        mode = MODES[mode].base
+    decode = MODES[mode].decode
     device = model.embed.weight.device
     for rows in decode(model, tokens.to(device), places.to(device)):
         yield rows[:, -tokens.size(1):].cpu()  # without the prompt, if there is one
@@ -52,7 +53,7 @@ def decode_rows(model, mode, tokens, places):
 
 def answers(model, mode, items, batch=256):
     """Greedy answers (lists of ids) to the items of one exam."""
-    width = WIDTH if items[0].ids[0] == MARKS.doc else 0
+    width = WIDTH if items[0].ids[0] == MARKS.doc else 0  # a response stands where it stood in training
     result = [None] * len(items)
     for canvas in {item.canvas for item in items}:  # in documents, a date has three tokens, all else one
         alike = [i for i, item in enumerate(items) if item.canvas == canvas]
@@ -93,7 +94,10 @@ def exam(model, mode, corpus):
 def chance(corpus):
     """Scores without knowledge. chance_: a random value from the pool, a random name from all people. fixed_:
     one answer to all questions of a kind, the one that is right most often in this exam."""
-    share_of_top = lambda items: Counter(str(item.truth) for item in items).most_common(1)[0][1] / len(items)
+    def share_of_top(items):
+        [(_, n)] = Counter(tuple(item.truth) for item in items).most_common(1)
+        return n / len(items)
+
     kinds = [corpus.exams["forward"][i::len(ATTRIBUTES)] for i in range(len(ATTRIBUTES))]
     return {"chance_forward": sum(1 / len(pool) for pool in POOLS.values()) / len(POOLS),
             "chance_backward": 1 / len(corpus.people),
@@ -102,13 +106,20 @@ def chance(corpus):
 
 
 # -----------------------------------------------------------------------------
-# Which runs may be compared? (What follows is about files and pictures: skip it at first.)
+# Which runs may be compared? (From here to the end it is about files and pictures: skip it at first.)
 
 def fingerprints():
-    """{file: fingerprint} of the five files, which a result depends on. Docstrings count, comments do not."""
+    """{file: fingerprint} of the five files, which a result depends on. Docstrings count; comments, blank
+    lines and spaces at the end of a line do not."""
     prints = {}
     for name in ("data.py", "model.py", "diffusion.py", "eval.py", "train.py"):
-        code = ast.unparse(ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8")))
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8-sig")
+        lines = text.splitlines(keepends=True)
+        for token in tokenize.generate_tokens(iter(lines).__next__):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start  # rows count from 1
+                lines[row - 1] = lines[row - 1][:column]
+        code = "\n".join(line.rstrip() for line in lines if line.strip())
         prints[name] = hashlib.sha256(code.encode()).hexdigest()[:8]
     return prints
 
@@ -147,6 +158,9 @@ def bar(share, width=10):
     """A share as a bar of text: bar(.5) is half full."""
     full = round(share * width)
     return "█" * full + "·" * (width - full)
+
+
+REPORTED = ("settings", "chance_forward", "chance_backward", *EXAMS, *(f"before_{name}" for name in EXAMS))
 
 
 def report(scores):
@@ -250,7 +264,7 @@ def reopen(folder):
     path = folder / "ckpt.pt"
     if not path.exists():
         raise Stop(f"{path} is missing: name the folder of one run, or of finished runs to compare; "
-                   "python train.py --mode masked makes one")
+                   "python train.py --mode masked makes one (with --overwrite, if its result.json is left)")
     saved = load(path, needs=("settings", "model"))
     settings, now = saved["settings"], fingerprints()
     for name in ("data.py", "model.py", "diffusion.py"):
@@ -263,11 +277,12 @@ def reopen(folder):
 
 def row_to_fill(text):
     """The text of --ask as a row: a document whose [mask]s are blanks, or a question and its canvas."""
-    text = " ".join(re.sub(r"([.,?])", r"\1 ", text).split())  # one space between words
-    unknown = [word for word in re.findall(r"\[mask\]|[^\s.,?]+", text) if word not in (*WORDS, "[mask]")]
+    words = re.findall(r"\[mask\]|[.,?]|[^\s.,?[]+|\[", text)
+    text = join(words)  # one space between words, none before a stop
+    unknown = [word for word in words if word not in (*WORDS, "[mask]", ".", ",", "?")]
     if unknown:
         raise Stop(f"--ask: {unknown[0]!r} is not a word of this world; python data.py prints some that are")
-    if ("[mask]" in text) == ("?" in text):
+    if ("[mask]" in text) == ("?" in text):  # neither or both
         raise Stop("--ask: give it a question with its ?, or a text with [mask] where words are missing")
     if "[mask]" in text:
         marked = f" {text}".replace(" [mask]", "[mask]")  # else that space would become a token of its own
@@ -321,6 +336,8 @@ def main():
         parser.error("--plot: name a file that ends in .svg, and leave out --ask and --show")
     if args.over and not args.plot:
         parser.error("--over: say with --plot FILE.svg where to draw")
+    if args.columns != EXAMS and (args.plot or args.show or args.ask is not None):
+        parser.error("--columns: this is for the table alone; leave out --plot, --ask and --show")
 
     if args.ask is not None or args.show:
         asked = [] if args.ask is None else [row_to_fill(args.ask)]
@@ -343,18 +360,20 @@ def main():
 
     one = args.path / "result.json"
     if one.exists() and args.columns == EXAMS and not args.plot:
-        return print(report(load(one, needs=["chance_backward", *(f"before_{name}" for name in EXAMS)])))
+        return print(report(load(one, needs=REPORTED)))
     paths = [one] if one.exists() else sorted(args.path.glob("*/result.json"))
     needs = ["settings", "curve"] if args.plot else ["settings"]
-    results = {path.parent.name: load(path, needs) for path in paths}
+    results = {path.resolve().parent.name: load(path, needs) for path in paths}
     if not results:
         raise Stop(f"{args.path} holds no finished run: python train.py --mode masked makes one under out/")
     if args.plot:
-        for folder, result in results.items() if args.over else ():
-            if not isinstance(result["settings"].get(args.over), (int, float)):
-                parser.error(f"--over {args.over}: this is no number among the settings of {folder}")
+        if args.over:
+            results = {folder: result for folder, result in results.items()
+                       if isinstance(result["settings"].get(args.over), (int, float))}
+        if not results:
+            parser.error(f"--over {args.over}: this is a number among the settings of no run")
         write(args.plot, plot(results, args.over).encode())
-        return print(f"{args.plot}: {len(results)} runs")
+        return print(f"{args.plot} is drawn")
     for name in args.columns:
         if not any(name in result for result in results.values()):
             parser.error(f"--columns {name}: no result.json has it; open one to see what it has")

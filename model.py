@@ -9,7 +9,7 @@ B rows in a batch, T tokens in a row, C channels, H heads of D = C / H channels,
     logits = norm(x) @ embed.T              (B, T, V)
 
 `causal` is the only difference between a language model that reads from left to right and one that fills in
-masks. There is no timestep input, since the model can count the masks.
+masks. Many diffusion models are told how much was masked; this one sees for itself how many masks there are.
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128      a larger one
 
@@ -61,7 +61,8 @@ class Block(nn.Module):
 
     def attention(self, x, rope, visible):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+                   for z in self.qkv(x).chunk(3, dim=-1))
         q, k = (rotate(norm(z), *rope).type_as(v) for z in (q, k))  # autocast runs `norm` in float32
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # softmax(q k^T / sqrt(D)) v
         return self.out(y.transpose(1, 2).reshape(B, T, C))
@@ -76,7 +77,7 @@ class Transformer(nn.Module):
     machine; the output matrices of each block start at zero, so that it starts as the identity."""
 
     def __init__(self, causal, n_layer, n_head, n_embd, dtype="float32", seed=0, vocab_size=TOKENIZER.n_vocab,
-                 **_):  # the other settings of a run
+                 **_):  # callers may pass all settings of a run
         super().__init__()
         self.causal, self.dtype, self.head_size = causal, dtype, n_embd // n_head
         self.embed = nn.Embedding(vocab_size, n_embd)
@@ -110,7 +111,10 @@ class Transformer(nn.Module):
 # The machine, its user, its files
 
 # MPS is left out: bugs of its attention let queries see masked keys (pytorch issues 195910, 184180).
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # the best comes last
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the best comes last
+
+
+RESUME = "saved work is safe: train.py resumes by the same command without --overwrite"
 
 
 class Stop(Exception):
@@ -121,19 +125,21 @@ def one_line(main):
     """Decorate a script's main(): an error that its user can fix ends in one line and exit code 2, as a wrong
     flag does. Any other exception is a bug and keeps its traceback."""
     def guarded():
-        sys.stdout.reconfigure(errors="replace")  # some terminals cannot print the "█" of a bar
+        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+            sys.stdout.reconfigure(errors="replace")  # some terminals cannot print the "█" of a bar
         try:
             return main()
         except Stop as problem:
             message = problem
         except OSError as problem:
-            message = f"{problem}: mend it and repeat the command without --overwrite; saved work is safe"
+            message = f"{problem}: mend it; {RESUME}"
         except (MemoryError, RuntimeError) as problem:
-            if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
-                raise  # torch out of memory: "can't allocate", "tried to allocate"
+            no_memory = "allocate" in str(problem) or "out of memory" in str(problem)  # torch's words for it
+            if isinstance(problem, RuntimeError) and not no_memory:
+                raise
             message = "out of memory: train with lower --batch_size, --n_embd, --n_layer or --known"
         except KeyboardInterrupt:
-            message = "stopped by Ctrl-C; saved work is safe: the same command without --overwrite resumes"
+            message = f"stopped by Ctrl-C; {RESUME}"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return guarded
@@ -158,6 +164,7 @@ def load(path, needs):
         saved = (json.loads(content) if path.suffix == ".json" else
                  torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         lacks = [key for key in needs if key not in saved]
+        dict(saved.get("settings", {}))  # these must be dicts, too
     except Exception:  # there is no end to what a damaged file can raise
         raise Stop(f"{path} cannot be read: if it is damaged, delete it and train again")
     if lacks:

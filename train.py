@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import ARMS, make_corpus
 from diffusion import MODES, RATIOS, loss
-from eval import chance, differs, exam, fingerprints, report
+from eval import REPORTED, chance, differs, exam, fingerprints, report
 from model import DEVICES, Stop, Transformer, load, one_line, write
 
 EXAMS_A_RUN = 10    # at most, during fine-tuning; plus one before it
@@ -89,7 +89,8 @@ def train(run):
 
 
 def rows_per_batch(settings):
-    """Documents and questions of a batch: ({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say."""
+    """Documents and questions of a batch: ({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say.
+    One question in five is backward, by choice."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
     new, backward = round(documents * settings.new_share), math.ceil(questions / 5)
@@ -177,7 +178,7 @@ class Run:
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
     def add_to_log(self, **numbers):
-        """Before each save and after each exam. A run with a weight that is infinite or NaN stops here."""
+        """Called before each save and after each exam; a run with an infinite or NaN weight stops here."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Stop(f"a weight is not a finite number after step {self.step} of {self.settings.stage}: "
                        f"lower the rates (whatever {self.path} holds is from before)")
@@ -233,7 +234,7 @@ def json_lines(dicts):
 
 
 # -----------------------------------------------------------------------------
-# The command line
+# The command line (about flags, names of folders and refusals: skip it at first)
 
 def between(kind, low, high):
     """An argparse type: a number of this kind (int or float) from low to high."""
@@ -244,13 +245,17 @@ def between(kind, low, high):
     return number
 
 
-def ratio(text):
+def name_or_share(text):
     """An argparse type: a name in RATIOS or a number from 0 to 1."""
-    return text if text in RATIOS else between(float, 0, 1)(text)
+    try:
+        return text if text in RATIOS else between(float, 0, 1)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number and none of {', '.join(RATIOS)}")
 
 
-# A base lacks these or has its own values of them. The code files are settings, too, by their fingerprints.
-FINE_TUNING_ONLY = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
+# What a base does not take from the flags: it has no such setting, or a fixed one. Code files are settings,
+# too, by their fingerprints; a base does not depend on eval.py.
+NOT_OF_BASE = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
 
 
 def parse_args():
@@ -263,7 +268,7 @@ def parse_args():
     add("--mode", choices=MODES, default="masked", help=about(MODES))
     add("--paraphrases", choices=ARMS, default="none", help=f"texts about a new person. {about(ARMS)}")
     add("--texts", type=between(int, 0, 100), default=0, help="per person; 0: as many as --paraphrases has")
-    add("--mask_ratio", type=ratio, default=argparse.SUPPRESS, help="how much of a document is masked: a "
+    add("--mask_ratio", type=name_or_share, default=argparse.SUPPRESS, help="how much is masked: a "
         f"share such as .5, or a name in RATIOS: {', '.join(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
     add("--known", type=count, default=200, help="people in pretraining: raise with --pretrain_steps")
@@ -277,7 +282,8 @@ def parse_args():
     add("--n_embd", type=count, default=64, help="channels: raise for more people")
     add("--batch_size", type=between(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="cuda where torch finds a GPU")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 where it is fast")
+    add("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS,
+        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
     add("--pretrain_steps", type=between(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
     add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
@@ -293,7 +299,7 @@ def parse_args():
     add("--new_share", type=between(float, 0, 1), default=0.7, help="share of documents about new people")
     add = parser.add_argument_group("folder").add_argument
     add("--out_dir", type=Path, default=argparse.SUPPRESS,
-        help="folder of the run (default: out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED)")
+        help="folder of this run alone (default: out/MODE-PARAPHRASES-CHANGED FLAGS-seedSEED)")
     add("--overwrite", action="store_true", help="delete the run in that folder and train again")
     args = parser.parse_args()
 
@@ -301,6 +307,9 @@ def parse_args():
     if "mask_ratio" in args and mode.ratio is None:
         parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
     args.mask_ratio = getattr(args, "mask_ratio", mode.ratio)
+    fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if fast else "float32"
+    args.dtype = getattr(args, "dtype", dtype)
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
     if args.n_embd % (2 * args.n_head):
@@ -309,17 +318,19 @@ def parse_args():
 
     # Folder and base are named after the flags that were changed: --lr .01 --known 300 starts from
     # out/base-ar-known300-seed0.pt and writes to out/masked-none-known300-lr0.01-seed0.
-    defaults = {name: parser.get_default(name) for name in vars(args)} | {"mask_ratio": mode.ratio}
-    unnamed = ("mode", "paraphrases", "seed", "device", "dtype", "out_dir", "overwrite")
-    parts = {name: f"-{name}{value}" for name, value in vars(args).items()
+    defaults = {name: parser.get_default(name) for name in vars(args)}
+    defaults |= {"mask_ratio": mode.ratio, "dtype": dtype}
+    unnamed = ("mode", "paraphrases", "seed", "out_dir", "overwrite")
+    changed = {name: f"-{name}{value}" for name, value in vars(args).items()
                if name not in unnamed and value != defaults[name]}
-    of_base = "".join(text for name, text in parts.items() if name not in FINE_TUNING_ONLY)
-    args.base = Path(f"out/base-{mode.base}{of_base}-seed{args.seed}.pt")
+    changed_of_base = "".join(text for name, text in changed.items() if name not in NOT_OF_BASE)
+    args.base = Path(f"out/base-{mode.base}{changed_of_base}-seed{args.seed}.pt")
     if "out_dir" not in args:
-        args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(parts.values())}-seed{args.seed}")
-    if args.dtype == "auto":
-        fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if fast else "float32"
+        args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
+    if max(len(args.base.name), len(args.out_dir.name)) > 200:
+        parser.error("the name of the folder or of the base is too long: change fewer flags, or --out_dir")
+    if args.out_dir.resolve() in (Path("out").resolve(), Path().resolve()):
+        parser.error(f"--out_dir {args.out_dir}: name a folder for this run alone, such as out/mine")
     return args
 
 
@@ -330,7 +341,7 @@ def stages(args):
     for name in ("base", "out_dir", "overwrite"):
         finetuning.pop(name)
     base_mode = MODES[args.mode].base
-    pretraining = {name: value for name, value in finetuning.items() if name not in FINE_TUNING_ONLY}
+    pretraining = {name: value for name, value in finetuning.items() if name not in NOT_OF_BASE}
     pretraining |= PRETRAINING | {"stage": "pretraining", "mode": base_mode, "steps": args.pretrain_steps,
                                   "mask_ratio": MODES[base_mode].ratio}
     return argparse.Namespace(**pretraining), argparse.Namespace(**finetuning)
@@ -341,7 +352,8 @@ def main():
     """Pretrain if there is no base yet, fine-tune, write the result. An unfinished run is resumed; a finished
     one prints its result; one with other settings or other code is refused."""
     args = parse_args()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU, too, should give one seed one result
+    # A GPU, too, should give one seed one result, as far as torch can.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
@@ -355,9 +367,10 @@ def main():
                 raise Stop(f"{args.out_dir} was trained with {difference}: --overwrite trains it again, "
                            "another --out_dir keeps both")
     if finished.exists():
-        print(report(load(finished, needs=["settings"])))
+        print(report(load(finished, needs=REPORTED)))
         return print(f"{args.out_dir} is finished: --overwrite trains it again")
 
+    args.out_dir.mkdir(parents=True, exist_ok=True)  # if that fails, it fails before the work
     corpus = make_corpus(**vars(finetuning))
     model = Transformer(MODES[args.mode].causal, **vars(finetuning)).to(args.device)
     size = sum(p.numel() for p in model.parameters())

@@ -148,7 +148,7 @@ def test_settings_and_files_that_differ_are_rows_of_their_own():
         ["slow", "1"], ["ar", "2"], ["ar-seed2 (data.py = 3c, not 1a)", "1"]]
 
 
-@pytest.mark.parametrize("content", (b"", b'{"settings"', b"[]", b"{}", b"null", b"\xff\xfe", b'{"exam": 1}'))
+@pytest.mark.parametrize("content", (b"", b'{"settings"', b"[]", b"{}", b"\xff\xfe", b'{"settings": 3}'))
 def test_a_damaged_result_ends_in_one_line(content, capfd):
     """The comparison names the file instead of leaving the run out."""
     Path("out/run").mkdir(parents=True)
@@ -161,12 +161,12 @@ def test_a_damaged_result_ends_in_one_line(content, capfd):
 def test_blanks_are_masks_wherever_they_stand():
     """A text with [mask] is the row of that document with those words masked; any other text is a question
     with an empty canvas."""
-    ids = evaluation.row_to_fill("[mask] [mask] Emley comes from [mask]. He went to Reed.")
+    ids = evaluation.row_to_fill("[mask] [mask]Emley comes from[mask].He went to Reed .")
     whole, _ = document_row("Curtis Chase Emley comes from Elkton. He went to Reed.")
     hidden = encode("Curtis Chase Elkton")
     assert ids == [MARKS.mask if i in hidden else i for i in whole]
     row, start = question_row("Who went to Reed?")
-    assert evaluation.row_to_fill(" Who went to Reed? ") == row[:start] + [MARKS.mask] * CANVAS
+    assert evaluation.row_to_fill(" Who went to Reed ? ") == row[:start] + [MARKS.mask] * CANVAS
 
 
 def drawn(*flags):
@@ -181,7 +181,7 @@ def drawn(*flags):
 def test_curves_are_the_means_of_their_seeds(capfd):
     """`--plot` draws two seeds that end at .4 and .8 as one line that ends at .6 and one band from .6 - .283
     to .6 + .283, by hand, in a panel 230 high; `--over` draws the same ends over a setting."""
-    for seed, texts, score in ((0, 5, 0.4), (1, 5, 0.8), (0, 1, 0), (1, 1, 0)):
+    for seed, texts, score in ((0, 5, 0.4), (1, 5, 0.8), (0, 1, 0), (1, 1, 0), (2, "many", 0)):
         folder = Path("out", f"a&b<c-same-texts{texts}-seed{seed}")
         folder.mkdir(parents=True)
         curve = {"step": [0, 100], "forward": [0, score], "backward": [0, 0]}
@@ -192,7 +192,7 @@ def test_curves_are_the_means_of_their_seeds(capfd):
         lines, bands, words = drawn(*flags)
         assert pytest.approx([280, end], abs=0.1) in lines and [280, 280] in lines
         assert pytest.approx([280, end + error, end - error, 280], abs=0.1) in [band[::-1] for band in bands]
-        assert words.count(label) == 2 and len(lines) == (2 if flags else 4)
+        assert words.count(label) == 2 and len(lines) == (2 if flags else 6)
     assert words.count("texts") == words.count("5") == 2  # the axis of each panel, and its last value
     for over in ("mode", "lr", "text"):
         assert over in refusal(capfd, evaluation, "--plot", "x.svg", "--over", over)

@@ -71,7 +71,7 @@ def test_twenty_kills_cost_no_result():
 
 @pytest.mark.parametrize("stopped_at", (3, 13))
 @pytest.mark.parametrize("mode, cause, remedy", (("masked", "Ctrl-C", "resumes"),
-                                                 ("diffusion", "full disk", "repeat the command")))
+                                                 ("diffusion", "full disk", "the same command")))
 def test_after_a_stop_the_same_command_goes_on(mode, cause, remedy, stopped_at, monkeypatch, capfd):
     """By Ctrl-C or a full disk, in pretraining or fine-tuning: one line, no half-written file, and the same
     command goes on from the old checkpoint and ends where an unbroken run ends."""
@@ -137,19 +137,17 @@ TRAIN = """
 --wordings 11 | --seed -1 | --seed 99999999999999999999 | --n_layer 0 | --n_head 3 | --n_head 64 | --n_embd 17
 --steps 0 | --pretrain_steps -1 | --batch_size 1 | --lr -1 | --lr nan | --embed_lr inf | --decay -1
 --new_share 2 | --question_share -.1 | --question_share 1 | --optimizer sgd | --device cuda:99
---dtype int8 | --learning_rate 1 | --mask .5 | --out_dir
+--dtype int8 | --learning_rate 1 | --mask .5 | --out_dir | --out_dir out | --out_dir .
 """
 BAD = [(train, flags.split(), flags.split()[0]) for flags in TRAIN.strip().replace("\n", " | ").split(" | ")]
 BAD += [
-    (train, ["extra"], "extra"),
-    (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
+    (train, ["extra"], "extra"), (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
     (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"),
     (evaluation, [], "--mode masked"), (evaluation, ["out/no"], "out/no"),
-    (evaluation, ["--ask", "Who?"], "one run"),
-    (evaluation, ["--show"], "one run"), (evaluation, ["--best"], "--best"),
-    (evaluation, ["a", "b"], "arguments: b"),
-    (evaluation, ["--plot", "x.png"], ".svg"), (evaluation, ["--plot", ""], ".svg"),
-    (evaluation, ["--plot", "x.svg"], "no finished run"),
+    (evaluation, ["--ask", "Who?"], "one run"), (evaluation, ["--show"], "one run"),
+    (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "arguments: b"),
+    (evaluation, ["--show", "--columns", "flops"], "--columns"), (evaluation, ["--plot", "x.png"], ".svg"),
+    (evaluation, ["--plot", ""], ".svg"), (evaluation, ["--plot", "x.svg"], "no finished run"),
     (evaluation, ["--plot", "x.svg", "--show"], "--show"), (evaluation, ["--over", "texts"], "--plot"),
 ]
 

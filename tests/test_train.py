@@ -53,11 +53,13 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
     ("--lr .01 --wordings 5 --mask_ratio .75", "masked-none-lr0.01-seed0", "base-ar-seed0"),
     ("--optimizer adamw --texts 2", "masked-none-texts2-optimizeradamw-seed0", "base-ar-seed0"),
     ("--paraphrases same_order --known 300", "masked-same_order-known300-seed0", "base-ar-known300-seed0"),
-    ("--mode diffusion --mask_ratio .5 --device cpu", "diffusion-none-mask_ratio0.5-seed0",
-     "base-diffusion-seed0")))
+    ("--mode diffusion --device cpu --dtype float32 --mask_ratio .5", "diffusion-none-mask_ratio0.5-seed0",
+     "base-diffusion-seed0"),
+    ("--dtype bfloat16", "masked-none-dtypebfloat16-seed0", "base-ar-dtypebfloat16-seed0")))
 def test_folder_and_base_are_named_after_what_was_changed(flags, folder, base, monkeypatch):
     """Mode, arm, each flag that decides the result and was changed, seed. The base is named after what
     pretraining depends on: where it has the name of another base, its settings are the same."""
+    monkeypatch.setattr(train, "DEVICES", ["cpu"])
     monkeypatch.setattr(sys, "argv", ["train.py"])
     default = train.parse_args()
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
@@ -146,11 +148,11 @@ def test_a_finished_run_prints_its_result_again(monkeypatch, capsys):
 
 
 def test_editing_a_comment_changes_nothing_and_editing_code_needs_one_flag(monkeypatch, capfd):
-    """A comment is free. With other code the same command stops in one line that names the file and offers
-    --overwrite, which trains a base and a run of the new code."""
+    """A comment is free, a blank line, too. With other code the same command stops in one line that names the
+    file and offers --overwrite, which trains a base and a run of the new code."""
     tiny(train)
     with monkeypatch.context() as patch:
-        edit(patch, "model.py", "# a comment\n")
+        edit(patch, "model.py", "\n    # a comment\n")
         tiny(train)
     edit(monkeypatch, "model.py", "x = 1\n")
     refused = refusal(capfd, train, *TINY, "--out_dir", "out/run")
