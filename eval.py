@@ -160,6 +160,7 @@ def bar(share, width=10):
     return "█" * full + "·" * (width - full)
 
 
+# What a result.json must have for the table at the end of a run.
 REPORTED = ("settings", "chance_forward", "chance_backward", *EXAMS, *(f"before_{name}" for name in EXAMS))
 
 
@@ -180,7 +181,7 @@ def report(scores):
 
 
 def spread(runs, name):
-    """Mean ± standard deviation of a number over runs: "0.500 ± 0.141"; a dash where a run lacks it."""
+    """Mean ± standard deviation of a number over runs: "0.500 ± 0.141"; a dash where a run has none."""
     values = [run.get(name) for run in runs]
     if not all(isinstance(value, (int, float)) for value in values):
         return "-"
