@@ -280,8 +280,8 @@ def question_items(pairs):
 
 def document_items(person, pieces, attribute):
     """Two items that ask for one value of the document `pieces`. `recite` shows everything before the value,
-    `cloze` only the name and the words between the subject of the value's sentence and the value (drawn in
-    eval.py). The value and the rest, up to the document's length, are [mask]s."""
+    `cloze` only the name and the value's own sentence before it, less its subject (drawn in eval.py). The
+    value and the rest, up to the document's length, are [mask]s."""
     value = pieces.index(person.facts[attribute])
     subject = value
     while subject > 0 and pieces[subject - 1] != ".":  # go back to the start of the sentence

@@ -90,7 +90,7 @@ def train(run):
 
 def rows_per_batch(settings):
     """Documents and questions of a batch: ({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say.
-    One question in five is backward, by choice."""
+    One question in five is backward; what half of them did is in the README, under Limits."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
     new, backward = round(documents * settings.new_share), math.ceil(questions / 5)
@@ -307,19 +307,20 @@ def parse_args():
     if "mask_ratio" in args and mode.ratio is None:
         parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
     args.mask_ratio = getattr(args, "mask_ratio", mode.ratio)
-    fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = "bfloat16" if fast else "float32"
-    args.dtype = getattr(args, "dtype", dtype)
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
     if args.n_embd % (2 * args.n_head):
         parser.error(f"--n_embd {args.n_embd} is no multiple of twice --n_head {args.n_head}: every head "
                      "needs an even number of channels")
 
+    fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    default_dtype = "bfloat16" if fast else "float32"
+    args.dtype = getattr(args, "dtype", default_dtype)
+
     # Folder and base are named after the flags that were changed: --lr .01 --known 300 starts from
     # out/base-ar-known300-seed0.pt and writes to out/masked-none-known300-lr0.01-seed0.
     defaults = {name: parser.get_default(name) for name in vars(args)}
-    defaults |= {"mask_ratio": mode.ratio, "dtype": dtype}
+    defaults |= {"mask_ratio": mode.ratio, "dtype": default_dtype}
     unnamed = ("mode", "paraphrases", "seed", "out_dir", "overwrite")
     changed = {name: f"-{name}{value}" for name, value in vars(args).items()
                if name not in unnamed and value != defaults[name]}
@@ -352,8 +353,7 @@ def main():
     """Pretrain if there is no base yet, fine-tune, write the result. An unfinished run is resumed; a finished
     one prints its result; one with other settings or other code is refused."""
     args = parse_args()
-    # A GPU, too, should give one seed one result, as far as torch can.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, as far as a GPU can
     torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
