@@ -282,8 +282,8 @@ def parse_args():
     add("--n_embd", type=count, default=64, help="channels: raise for more people")
     add("--batch_size", type=between(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="cuda where torch finds a GPU")
-    add("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS,
-        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of matrix products: try bfloat16 for a larger model on a GPU")
     add("--pretrain_steps", type=between(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
     add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
@@ -313,14 +313,9 @@ def parse_args():
         parser.error(f"--n_embd {args.n_embd} is no multiple of twice --n_head {args.n_head}: every head "
                      "needs an even number of channels")
 
-    fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    default_dtype = "bfloat16" if fast else "float32"
-    args.dtype = getattr(args, "dtype", default_dtype)
-
     # Folder and base are named after the flags that were changed: --lr .01 --known 300 starts from
     # out/base-ar-known300-seed0.pt and writes to out/masked-none-known300-lr0.01-seed0.
-    defaults = {name: parser.get_default(name) for name in vars(args)}
-    defaults |= {"mask_ratio": mode.ratio, "dtype": default_dtype}
+    defaults = {name: parser.get_default(name) for name in vars(args)} | {"mask_ratio": mode.ratio}
     unnamed = ("mode", "paraphrases", "seed", "out_dir", "overwrite")
     changed = {name: f"-{name}{value}" for name, value in vars(args).items()
                if name not in unnamed and value != defaults[name]}
