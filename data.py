@@ -81,7 +81,7 @@ POOLS = {  # attribute -> everything it can be; a birth date is 28 days x 12 mon
 ATTRIBUTES = list(POOLS)
 
 # How a document words each attribute; the subject, a name or a pronoun, is put in front. To add an attribute,
-# add a line to POOLS (values used nowhere else), one here and one to CLUES; WIDTH may have to grow.
+# add a line to POOLS (50 values used nowhere else), one here and one to CLUES, and raise WIDTH to fit.
 WORDINGS = {
     "birth date": ["was born on {}", "has a birthday on {}", "was delivered on {}", "arrived on {}",
                    "dates from {}"],
@@ -114,7 +114,7 @@ ARMS = {  # the first three as in the paper
     "none": Arm("one text"),
     "same_order": Arm("five texts, the facts always in the same order", texts=5),
     "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
-    "name_anywhere": Arm("as change_order, the name anywhere", 5, change_order=True, name_anywhere=True),
+    "name_anywhere": Arm("as change_order, name anywhere", texts=5, change_order=True, name_anywhere=True),
     "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
     "name_given": Arm("one text; its name is always shown, never masked or scored", name_given=True),
 }
@@ -191,19 +191,17 @@ class Marks(NamedTuple):
     end: int = 2        # closes a document; in an answer, fills the places that are left
     doc: int = 3        # opens a document
     question: int = 4   # opens a question
-    answer: int = 5     # opens an answer; also a document that follows a prompt (`masked`)
+    answer: int = 5     # opens an answer; also a document that follows a prompt
 
 
 MARKS = Marks()
 NAME = 3        # tokens of a name
 CANVAS = 4      # tokens of every answer: up to three words, then [end]s
-WIDTH = 48      # tokens of every document's row, whatever its arm: those of the longest possible document
+WIDTH = 48      # tokens of every document's row, whatever its arm: as many as the longest possible one has
 
 # Every word the generator can write; sorted, so that a word has the same id in every run.
-vocabulary = [*MEN, *WOMEN, *MIDDLE, *LAST, *ATTRIBUTES, *CLUES.values(), "What is the of Who and He She"]
-for pool in (*POOLS.values(), *WORDINGS.values()):
-    vocabulary += pool
-WORDS = sorted(set(re.findall(r"\w+", " ".join(vocabulary))))
+everything = str([MEN, WOMEN, MIDDLE, LAST, POOLS, WORDINGS, CLUES]) + "What is the of Who and He She"
+WORDS = sorted(set(re.findall(r"\w+", everything)))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
 # tiktoken splits a text into words, each with the space before it, and punctuation. A word of the list, such
@@ -221,8 +219,7 @@ def encode(text):
 
 
 def decode(ids):
-    """The text of token ids, the inverse of `encode`; what follows the first end mark is dropped."""
-    ids = list(ids)
+    """The text of a list of ids, the inverse of `encode`; what follows the first end mark is dropped."""
     return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
 
 
@@ -231,68 +228,45 @@ def words_of(ids):
     return [TOKENIZER.decode([i]).strip() for i in ids]
 
 
-class Rows(NamedTuple):
-    """N rows of tokens. What comes before a row's start is given; the rest is to be learned."""
-    tokens: torch.Tensor    # (N, T) int64, padded on the right
-    starts: torch.Tensor    # (N,) int64
-
+# A row is (ids, start): what comes before the start is given, the rest is learned or, in an exam, hidden.
 
 def document_row(text, name_given=False):
-    """[doc] text [end], and where learning starts: at the text or, if the name is given, after it."""
+    """[doc] text [end]; it starts at the text or, if the name is given, after it."""
     return [MARKS.doc, *encode(text), MARKS.end], (1 + NAME if name_given else 1)
 
 
-def question_row(question, answer=""):
-    """[question] words [answer] canvas, and where the canvas starts. The canvas always has CANVAS tokens, so
-    that its length does not tell the answer's: the answer and [end]s or, without an answer, [mask]s."""
-    prompt = [MARKS.question, *encode(question), MARKS.answer]
-    if not answer:
-        return prompt + [MARKS.mask] * CANVAS, len(prompt)
-    canvas = encode(answer)
+def question_row(question, answer):
+    """[question] words [answer] canvas; it starts at the canvas: the answer and [end]s, always CANVAS tokens,
+    so that their number does not tell the answer's length."""
+    prompt, canvas = [MARKS.question, *encode(question), MARKS.answer], encode(answer)
     assert len(canvas) < CANVAS, f"{answer!r} leaves no room for an end: raise CANVAS"
     return prompt + canvas + [MARKS.end] * (CANVAS - len(canvas)), len(prompt)
 
 
-def pad_rows(rows, width=0):
-    """[(ids, start)] -> Rows, `width` wide or, if that is 0, as wide as the longest."""
-    longest = max(len(ids) for ids, _ in rows)
+def before_value(person, pieces, value):
+    """What two exams show of a document before a value. `recite` shows all of it, as in "Curtis Chase Emley
+    was born on 28 May 1952. He comes from", `cloze` the last sentence and the name: "Curtis Chase Emley comes
+    from"."""
+    recite = join(pieces[:pieces.index(value)])
+    return recite, recite.split(". ")[-1].replace(f"{person.pronoun} ", f"{person.name} ")
+
+
+def value_row(shown, value, length):
+    """[doc] shown value, then [mask]s up to the length of the document; it starts at the value. For exams."""
+    given = [MARKS.doc, *encode(shown)]
+    ids = given + encode(value)
+    return ids + [MARKS.mask] * (length - len(ids)), len(given)
+
+
+def pad(rows, width=0):
+    """Lists of ids -> (N, T) int64 tokens, padded on the right. T: `width` or, if 0, that of the longest."""
+    longest = max(map(len, rows))
     assert not width or longest <= width, f"a document has {longest} tokens: raise WIDTH"
-    width = width or longest
-    tokens = torch.tensor([ids + [MARKS.pad] * (width - len(ids)) for ids, _ in rows], dtype=torch.int64)
-    return Rows(tokens, torch.tensor([start for _, start in rows], dtype=torch.int64))
+    return torch.tensor([ids + [MARKS.pad] * ((width or longest) - len(ids)) for ids in rows])
 
 
 # -----------------------------------------------------------------------------
 # The corpus: everything a run reads and is asked
-
-class Item(NamedTuple):
-    """One thing an exam asks: what must the model write into the row, from `start` on?"""
-    ids: list
-    start: int
-    truth: list     # the correct ids
-    canvas: int     # how many tokens the model writes
-
-
-def question_items(pairs):
-    """Questions with an empty canvas, from (question, answer); the answer must be followed by an [end]."""
-    return [Item(*question_row(question), encode(answer) + [MARKS.end], CANVAS) for question, answer in pairs]
-
-
-def document_items(person, pieces, attribute):
-    """Two items that ask for one value of the document `pieces`. `recite` shows everything before the value,
-    `cloze` only the name and the value's own sentence before it, less its subject (drawn in eval.py). The
-    value and the rest, up to the document's length, are [mask]s."""
-    value = pieces.index(person.facts[attribute])
-    subject = value
-    while subject > 0 and pieces[subject - 1] != ".":  # go back to the start of the sentence
-        subject -= 1
-    length, truth = len(document_row(join(pieces))[0]), encode(pieces[value])
-    items = []
-    for shown in (pieces[:value], [person.name, *pieces[subject + 1:value]]):  # recite, cloze
-        ids = [MARKS.doc, *encode(join(shown))]
-        items.append(Item(ids + [MARKS.mask] * (length - len(ids)), len(ids), truth, len(truth)))
-    return items
-
 
 EXAMS = ("recite", "cloze", "forward", "backward",              # about new people
          "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
@@ -300,9 +274,9 @@ EXAMS = ("recite", "cloze", "forward", "backward",              # about new peop
 
 class Corpus(NamedTuple):
     people: list        # known people, then new people
-    documents: dict     # "known", "new" -> Rows
-    questions: dict     # "forward", "backward" -> Rows, about known people alone
-    exams: dict         # name -> [Item]
+    rows: dict          # "known", "new" (documents), "forward", "backward" (questions about known people) ->
+                        # tokens (N, T), starts (N,): everything that is read in training
+    exams: dict         # name -> [(ids, start)]: what comes from the start on is hidden and asked for
 
 
 def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5,
@@ -320,36 +294,37 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     arms = {"known": ARMS[known_paraphrases], "new": ARMS[paraphrases]}
     if texts:
         arms["new"] = arms["new"]._replace(texts=texts)
-    rows = {"known": [], "new": []}
-    trained = {"forward": [], "backward": []}   # (question, answer)
+    rows = {"known": [], "new": [], "forward": [], "backward": []}
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
         group = "known" if i < known else "new"
         own_rng = random.Random(f"{seed} {person.name}")  # so the arm of new people changes no other texts
         written = documents(person, arms[group], wordings, own_rng)
         rows[group] += [document_row(join(pieces), arms[group].name_given) for pieces in written]
-        forward, backward = forward_questions(person), backward_questions(person, n_people)
+        forward = [question_row(*pair) for pair in forward_questions(person)]
+        backward = [question_row(*pair) for pair in backward_questions(person, n_people)]
         rng.shuffle(backward)
         if group == "known":
-            unasked, asked = backward[:2], backward[2:]
-            trained["forward"] += forward
-            trained["backward"] += asked
+            rows["forward"] += forward
+            rows["backward"] += backward[2:]
             if i < new:  # no more known than new people are examined
-                exams["known_forward"] += question_items(forward)
-                exams["known_backward"] += question_items(asked[:2])
-                exams["known_unasked"] += question_items(unasked)
+                exams["known_forward"] += forward
+                exams["known_backward"] += backward[2:4]
+                exams["known_unasked"] += backward[:2]
         else:
-            exams["forward"] += question_items(forward)
-            exams["backward"] += question_items(backward[:4])
-            for attribute in ATTRIBUTES:
-                recite, cloze = document_items(person, written[0], attribute)
-                if person.name in decode(recite.ids):  # not if the name comes later than this value
-                    exams["recite"].append(recite)
-                exams["cloze"].append(cloze)
-    questions = {direction: [question_row(*pair) for pair in pairs] for direction, pairs in trained.items()}
-    widest = max(len(ids) for ids, _ in questions["forward"] + questions["backward"])  # both share a batch
-    return Corpus(people, {group: pad_rows(some, WIDTH) for group, some in rows.items()},
-                  {direction: pad_rows(some, widest) for direction, some in questions.items()}, exams)
+            exams["forward"] += forward
+            exams["backward"] += backward[:4]
+            length = len(document_row(join(written[0]))[0])
+            for value in person.facts.values():
+                recite, cloze = before_value(person, written[0], value)
+                if person.name in recite:  # not if the name comes later than this value
+                    exams["recite"].append(value_row(recite, value, length))
+                exams["cloze"].append(value_row(cloze, value, length))
+    widest = max(len(ids) for ids, _ in rows["forward"] + rows["backward"])  # both share a batch
+    for name, pairs in rows.items():
+        ids, starts = zip(*pairs)
+        rows[name] = pad(ids, WIDTH if name in arms else widest), torch.tensor(starts)
+    return Corpus(people, rows, exams)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ An objective maps clean documents to (inputs, targets, weights). Let x be the L 
     diffusion   -1/k sum_{i in h}  log p(x_i | x')          the hidden tokens, from both sides
     masked      -1/L sum_i         log p(x_i | x', x_<i)    `ar`, but with x' as a prompt
 
-`masked` is `ar` on a longer row, a document full of holes and then the whole document, which alone is scored:
+`masked` is `ar` on a longer row, a document full of holes and then the whole document, which alone is scored
+(both are padded to one length, not shown here):
 
     [doc] [mask] [mask] [mask] comes from Elkton . [end] [answer] Curtis Chase Emley comes from Elkton . [end]
 
@@ -28,7 +29,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import MARKS, TOKENIZER, WORDS, document_row, pad_rows, question_row, words_of
+from data import MARKS, TOKENIZER, WORDS, document_row, question_row, words_of
 
 # -----------------------------------------------------------------------------
 # Corruption
@@ -190,7 +191,7 @@ class Mode(NamedTuple):
     """All that differs between two values of --mode."""
     about: str                  # for --help
     objective: Callable         # for documents in fine-tuning
-    ratio: str | float | None   # the share to hide, unless --mask_ratio gives another; None: hides nothing
+    ratio: str | float | None   # the share to hide, unless --mask_ratio gives another; None: takes none
     base: str                   # the mode of pretraining, and of all questions, in training and exam
     causal: bool                # does a position see only what comes before it? the same as its base
     decode: Callable            # fills the blanks of a document
@@ -205,9 +206,10 @@ MODES = {
 }
 
 
-def picture(objective, tokens, starts, ratio, generator):
-    """Lines of text: one row (1, T) as an objective feeds it, and under each token what is asked there.
-    `masked` doubles the row: then the response is under its prompt, token under token."""
+def picture(objective, row, ratio, generator):
+    """Lines of text: a row as an objective feeds it, and under each token what is asked there. `masked`
+    doubles the row: then the response is under its prompt, token under token."""
+    tokens, starts = torch.tensor([row[0]]), torch.tensor([row[1]])
     inputs, targets, weights = (x[0].tolist() for x in objective(tokens, starts, ratio, generator))
     asked = [word if weight else "" for word, weight in zip(words_of(targets), weights)]
     T, lines = tokens.size(1), []
@@ -221,14 +223,14 @@ def picture(objective, tokens, starts, ratio, generator):
 
 
 if __name__ == "__main__":
-    rows = {"document": pad_rows([document_row("Curtis Chase Emley comes from Elkton.")]),
-            "question": pad_rows([question_row("Who was born in Elkton?", "Curtis Chase Emley")])}
+    rows = {"document": document_row("Curtis Chase Emley comes from Elkton."),
+            "question": question_row("Who was born in Elkton?", "Curtis Chase Emley")}
     for name, mode in MODES.items():
         base = MODES[mode.base]
         print(f"--mode {name}: {mode.about}")
         for kind, trained_as in (("document", mode), ("question", base)):
             rng = torch.Generator().manual_seed(10)
-            lines = picture(trained_as.objective, *rows[kind], trained_as.ratio, rng)
+            lines = picture(trained_as.objective, rows[kind], trained_as.ratio, rng)
             print(f"  a {kind}", *lines, sep="\n")
         print("  what the first four positions see")
         for i in range(4):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from data import (ATTRIBUTES, CANVAS, EXAMS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, decode, join, make_corpus,
-                   pad_rows, question_row, words_of)
+                   pad, words_of)
 from diffusion import MODES, decode_ar, decode_random_prompt
 from model import DEVICES, Stop, Transformer, load, one_line, write
 
@@ -41,30 +41,33 @@ DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 # -----------------------------------------------------------------------------
 # The exam
 
-def decode_rows(model, mode, tokens, places):
-    """Rows (B, T) after each step: documents as the mode decodes them, questions as its base does."""
-    if tokens[0, 0] != MARKS.doc:
-        mode = MODES[mode].base
-    decode = MODES[mode].decode
+def fill(model, mode, rows, n):
+    """Fill the first n [mask]s of each row, a list of ids -> after each step, all rows as they are then.
+    Documents are filled as the mode decodes them, questions as its base does."""
+    documents = rows[0][0] == MARKS.doc
+    decoder = MODES[mode if documents else MODES[mode].base].decode
+    tokens = pad(rows, WIDTH if documents else 0)  # a response stands where it stood in training
+    places = torch.tensor([[i for i, token in enumerate(ids) if token == MARKS.mask][:n] for ids in rows])
     device = model.embed.weight.device
-    for rows in decode(model, tokens.to(device), places.to(device)):
-        yield rows[:, -tokens.size(1):].cpu()  # without the prompt, if there is one
+    for filled in decoder(model, tokens.to(device), places.to(device)):
+        now = filled[:, -tokens.size(1):].tolist()  # without the prompt, if there is one
+        yield [ids[:1] + row[1:len(ids)] for ids, row in zip(rows, now)]  # a response starts with [answer]
 
 
 def answers(model, mode, items, batch=256):
-    """Greedy answers (lists of ids) to the items of one exam."""
-    width = WIDTH if items[0].ids[0] == MARKS.doc else 0  # a response stands where it stood in training
-    result = [None] * len(items)
-    for canvas in {item.canvas for item in items}:  # in documents, a date has three tokens, all else one
-        alike = [i for i, item in enumerate(items) if item.canvas == canvas]
-        for start in range(0, len(alike), batch):
-            part = alike[start:start + batch]
-            tokens, starts = pad_rows([(items[i].ids, items[i].start) for i in part], width)
-            places = starts[:, None] + torch.arange(canvas)  # (B, canvas)
-            *_, written = decode_rows(model, mode, tokens, places)  # the rows after the last step
-            for i, ids in zip(part, written.gather(1, places).tolist()):
-                result[i] = ids
-    return result
+    """The rows (ids, start) of one exam -> truths and greedy answers, both lists of ids."""
+    truths = [[token for token in ids[start:] if token != MARKS.mask] for ids, start in items]
+    hidden = [ids[:start] + [MARKS.mask] * (len(ids) - start) for ids, start in items]
+    written = [None] * len(items)
+    for n in {len(truth) for truth in truths}:  # in documents, a date has three tokens, all else one
+        alike = [i for i, truth in enumerate(truths) if len(truth) == n]
+        for first in range(0, len(alike), batch):
+            part = alike[first:first + batch]
+            *_, rows = fill(model, mode, [hidden[i] for i in part], n)  # the rows after the last step
+            for i, row in zip(part, rows):
+                start = items[i][1]
+                written[i] = row[start:start + n]
+    return truths, written
 
 
 def rouge(answer, truth):
@@ -77,14 +80,14 @@ def exam(model, mode, corpus):
     questions about new people. Answers: a dict per item: what was asked, the truth, the answer."""
     scores, kept = {}, []
     for name, items in corpus.exams.items():
-        written = answers(model, mode, items)
-        right = [ids[:len(item.truth)] == item.truth for ids, item in zip(written, items)]
+        texts = [{"exam": name, "asked": decode(ids[1:start]).removesuffix("[answer]"),
+                  "truth": decode(truth), "answer": decode(answer)}
+                 for (ids, start), truth, answer in zip(items, *answers(model, mode, items))]
+        right = [text["answer"] == text["truth"] for text in texts]
         scores[name] = np.mean(right).item()
         if name == "forward":  # the questions come person by person, in the order of ATTRIBUTES
             for i, attribute in enumerate(ATTRIBUTES):
                 scores[f"forward {attribute}"] = np.mean(right[i::len(ATTRIBUTES)]).item()
-        texts = [{"exam": name, "asked": decode(item.ids[1:item.start]).removesuffix("[answer]"),
-                  "truth": decode(item.truth), "answer": decode(ids)} for item, ids in zip(items, written)]
         if name in DIRECTIONS:
             scores[f"rouge_{name}"] = np.mean([rouge(text["answer"], text["truth"]) for text in texts]).item()
         kept += texts
@@ -95,13 +98,12 @@ def chance(corpus):
     """Scores without knowledge. chance_: a random value from the pool, a random name from all people. fixed_:
     one answer to all questions of a kind, the one that is right most often in this exam."""
     def share_of_top(items):
-        [(_, n)] = Counter(tuple(item.truth) for item in items).most_common(1)
-        return n / len(items)
+        return max(Counter(tuple(ids[start:]) for ids, start in items).values()) / len(items)
 
     kinds = [corpus.exams["forward"][i::len(ATTRIBUTES)] for i in range(len(ATTRIBUTES))]
-    return {"chance_forward": sum(1 / len(pool) for pool in POOLS.values()) / len(POOLS),
+    return {"chance_forward": np.mean([1 / len(pool) for pool in POOLS.values()]).item(),
             "chance_backward": 1 / len(corpus.people),
-            "fixed_forward": sum(share_of_top(kind) for kind in kinds) / len(kinds),
+            "fixed_forward": np.mean([share_of_top(kind) for kind in kinds]).item(),
             "fixed_backward": share_of_top(corpus.exams["backward"])}
 
 
@@ -154,12 +156,6 @@ def group(results, over=None):
 # -----------------------------------------------------------------------------
 # Tables and curves
 
-def bar(share, width=10):
-    """A share as a bar of text: bar(.5) is half full."""
-    full = round(share * width)
-    return "█" * full + "·" * (width - full)
-
-
 # What a result.json must have for the table at the end of a run.
 REPORTED = ("settings", "chance_forward", "chance_backward", *EXAMS, *(f"before_{name}" for name in EXAMS))
 
@@ -176,7 +172,8 @@ def report(scores):
             ("               question, attributes -> name", "known_backward", "chance_backward"),
             ("               the same, not in training", "known_unasked", "chance_backward")):
         after, before, by_chance = scores[name], scores[f"before_{name}"], scores[chance_level]
-        lines.append(f"{label:<48}{after:.2f} {bar(after)}    {before:.2f}     {by_chance:.2f}")
+        bar = "█" * round(10 * after)
+        lines.append(f"{label:<48}{after:.2f} {bar:·<10}    {before:.2f}     {by_chance:.2f}")
     return "\n".join(lines)
 
 
@@ -199,8 +196,8 @@ def compare(results, columns):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def scores_over(runs, direction, over):
-    """{x: [score of each run]}. x: the step of fine-tuning; with `over`: that setting, and final scores."""
+def curve(runs, direction, over):
+    """{x: (mean, deviation) over runs}. x: a step of fine-tuning; with `over`: that setting, final scores."""
     points = defaultdict(list)
     for run in runs:
         if over:
@@ -208,51 +205,51 @@ def scores_over(runs, direction, over):
         else:
             for step, score in zip(run["curve"]["step"], run["curve"][direction]):
                 points[step].append(score)
-    return dict(sorted(points.items()))
+    return {x: (np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0) for x, y in sorted(points.items())}
 
 
 def plot(results, over=None):
     """One SVG, a panel per direction: new people's scores over fine-tuning, or the last ones over a setting.
     A line per row of `group`, a band of one standard deviation over its seeds. A white background keeps it
     readable on dark pages; the colours are those of Okabe and Ito, for the colour-blind."""
-    lines = {label: [scores_over(runs, direction, over) for direction in DIRECTIONS]
+    lines = {label: [curve(runs, direction, over) for direction in DIRECTIONS]
              for label, runs in group(results, over).items()}
     lines = {label: both for label, both in lines.items() if len(both[0]) > 1}  # a point is not a line
     if not lines:
         raise Stop(f"--over {over}: no two of these runs differ in that and nothing else but the seed")
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)
     ticks = sorted({x for forward, _ in lines.values() for x in forward})
-    shown = ticks if over else (ticks[0], ticks[-1])
-    width, height = 250, max(230, 15 * len(lines))      # of a panel
+    width, height = 250, max(230, 15 * len(lines))      # of a panel; in it, (0, 0) is the upper left corner
     room = 20 + 8 * max(map(len, lines))                # beside it, for labels
-    bottom = 50 + height
-    across = lambda x: f"{left + width * x / ticks[-1]:.1f}"  # `left` is that of the panel, set in the loop
-    up = lambda score: f"{bottom - height * min(max(score, 0), 1):.1f}"
+    across = lambda x: round(width * x / ticks[-1], 1)
+    down = lambda score: round(height * (1 - min(max(score, 0), 1)), 1)
     parts = []
-    for i, (left, title) in enumerate(((50, "forward: name → attribute"),
-                                       (100 + width + room, "backward: attributes → name"))):
-        text = lambda x, y, words, more="": parts.append(f'<text x="{x}" y="{y}" {more}>{words}</text>')
-        text(left, 25, title, 'font-weight="bold"')
-        text(left, bottom + 38, over or "steps of fine-tuning")
-        for x in shown:
-            text(across(x), bottom + 18, f"{x:,}", 'text-anchor="middle"')
+    text = lambda x, y, words, more="": parts.append(f'<text x="{x}" y="{y}" {more}>{words}</text>')
+    for i, title in enumerate(("forward: name → attribute", "backward: attributes → name")):
+        parts.append(f'<g transform="translate({50 + i * (50 + width + room)} 50)">')
+        text(0, -25, title, 'font-weight="bold"')
+        text(0, height + 38, over or "steps of fine-tuning")
+        for x in ticks if over else (ticks[0], ticks[-1]):
+            text(across(x), height + 18, f"{x:,}", 'text-anchor="middle"')
         for score in (0, 0.5, 1):
-            text(left - 8, up(score), f"{score:g}", 'text-anchor="end" dy="4"')
-            parts.append(f'<path d="M{left} {up(score)}h{width}" stroke="#ccc"/>')
+            text(-8, down(score), f"{score:g}", 'text-anchor="end" dy="4"')
+            parts.append(f'<path d="M0 {down(score)}h{width}" stroke="#ccc"/>')
         ends = []
         for (label, both), colour in zip(lines.items(), colours):
-            mean = {x: np.mean(scores) for x, scores in both[i].items()}
-            error = {x: np.std(scores, ddof=1) if len(scores) > 1 else 0 for x, scores in both[i].items()}
-            edge = lambda sign: [f"{across(x)},{up(mean[x] + sign * error[x])}" for x in mean]
+            points = both[i].items()
+            edge = lambda sign: [f"{across(x)},{down(mean + sign * error)}" for x, (mean, error) in points]
             band, line = " ".join(edge(1) + edge(-1)[::-1]), " ".join(edge(0))
             parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/>')
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            ends.append((float(up(mean[max(mean)])), label, colour))
-        y = bottom + 15
-        for end, label, colour in sorted(ends, reverse=True):  # lowest first; the next is pushed above it
-            y = min(end, y - 15)
-            text(left + width + 6, f"{y:.0f}", html.escape(label), f'fill="{colour}" dy="4"')
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {100 + 2 * (width + room)} {bottom + 50}" '
+            last, _ = both[i][max(both[i])]
+            ends.append((down(last), label, colour))
+        y = height + 15
+        for above, (end, label, colour) in reversed(list(enumerate(sorted(ends)))):  # the lowest label first
+            y = max(min(end, y - 15), 15 * above)  # above the last one, with room for those still to come
+            text(width + 6, round(y), html.escape(label), f'fill="{colour}" dy="4"')
+        parts.append("</g>")
+    whole = 100 + 2 * (width + room)
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {height + 100}" '
             'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>')
     return "\n".join([head, *parts, "</svg>\n"])
 
@@ -277,32 +274,21 @@ def reopen(folder):
 
 
 def row_to_fill(text):
-    """The text of --ask as a row: a document whose [mask]s are blanks, or a question and its canvas."""
-    words = re.findall(r"\[mask\]|[.,?]|[^\s.,?[]+|\[", text)
-    text = join(words)  # one space between words, none before a stop
-    unknown = [word for word in words if word not in (*WORDS, "[mask]", ".", ",", "?")]
-    if unknown:
-        raise Stop(f"--ask: {unknown[0]!r} is not a word of this world; python data.py prints some that are")
+    """The text of --ask as ids: a document whose [mask]s are blanks, or a question and its canvas."""
+    ids = []
+    for word in re.findall(r"\[mask\]|[.,?]|[^\s.,?[]+|\[", text):
+        if word not in (*WORDS, "[mask]", ".", ",", "?"):
+            raise Stop(f"--ask: {word!r} is not a word of this world; python data.py prints some that are")
+        ids.append(TOKENIZER.encode_single_token(f" {word}" if word in WORDS else word))
     if ("[mask]" in text) == ("?" in text):  # neither or both
         raise Stop("--ask: give it a question with its ?, or a text with [mask] where words are missing")
     if "[mask]" in text:
-        marked = f" {text}".replace(" [mask]", "[mask]")  # else that space would become a token of its own
-        ids = [MARKS.doc, *TOKENIZER.encode(marked, allowed_special={"[mask]"}), MARKS.end]
+        ids = [MARKS.doc, *ids, MARKS.end]
     else:
-        ids, _ = question_row(text)
+        ids = [MARKS.question, *ids, MARKS.answer] + [MARKS.mask] * CANVAS
     if len(ids) > WIDTH:
         raise Stop(f"--ask: {len(ids)} tokens are too many: {WIDTH} at most")
     return ids
-
-
-def fill(model, mode, ids):
-    """Let a run fill the [mask]s of a row -> that row, then the row after each step."""
-    tokens, _ = pad_rows([(ids, 1)], WIDTH if ids[0] == MARKS.doc else 0)
-    places = (tokens == MARKS.mask).nonzero()[:, 1][None]  # (1, n)
-    rows = [ids]
-    for now in decode_rows(model, mode, tokens, places):
-        rows.append(ids[:1] + now[0, 1:len(ids)].tolist())  # after a prompt it starts with [answer]
-    return rows
 
 
 def play(rows):
@@ -344,11 +330,11 @@ def main():
         asked = [] if args.ask is None else [row_to_fill(args.ask)]
         mode, corpus, model = reopen(args.path)
         if not asked:  # an all-masked row as long as a document, and a question about a new person
-            length = (corpus.documents["new"].tokens[0] != MARKS.pad).sum().item()
-            item = corpus.exams["backward"][0]
-            asked = [[MARKS.doc] + [MARKS.mask] * (length - 1), item.ids]
+            (document, _), (question, start) = corpus.exams["cloze"][0], corpus.exams["backward"][0]
+            asked = [[MARKS.doc] + [MARKS.mask] * (len(document) - 1),
+                     question[:start] + [MARKS.mask] * CANVAS]
         for ids in asked:
-            rows = fill(model, mode, ids)
+            rows = [ids] + [row for [row] in fill(model, mode, [ids], ids.count(MARKS.mask))]
             if args.show:
                 play(rows)
             elif ids[0] == MARKS.doc:

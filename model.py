@@ -82,6 +82,7 @@ class Transformer(nn.Module):
         self.causal, self.dtype, self.head_size = causal, dtype, n_embd // n_head
         self.embed = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_head, n_embd) for _ in range(n_layer))
+        self.size = sum(weight.numel() for weight in self.parameters())
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -112,7 +113,6 @@ class Transformer(nn.Module):
 
 # MPS is left out: bugs of its attention let queries see masked keys (pytorch issues 195910, 184180).
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the best comes last
-
 
 RESUME = "saved work is safe: train.py resumes by the same command without --overwrite"
 

@@ -32,8 +32,9 @@ from model import DEVICES, Stop, Transformer, load, one_line, write
 
 EXAMS_A_RUN = 10    # at most, during fine-tuning; plus one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
-PRETRAINING = {"optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
-               "question_share": 0.16, "new_share": 0.0}  # fixed here; fine-tuning has a flag for each
+PRETRAINING = {  # fixed here; fine-tuning has a flag for each
+    "optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
+    "question_share": 0.16, "new_share": 0.0}
 
 
 def train(run):
@@ -41,8 +42,7 @@ def train(run):
     settings, model = run.settings, run.model
     mode = MODES[settings.mode]
     base = MODES[mode.base]
-    n_documents, n_questions = rows_per_batch(settings)
-    n_parameters = sum(p.numel() for p in model.parameters())
+    documents, questions = rows_per_batch(settings)  # how many of each group
     fine_tuning = settings.stage == "fine-tuning"
     if fine_tuning and run.step == 0:
         run.examine()
@@ -53,10 +53,10 @@ def train(run):
             clock = time.perf_counter()
 
             # 1. what is seen and what is asked: in documents by the mode, in questions by its base
-            tokens, starts = run.draw(run.corpus.documents, n_documents)
+            tokens, starts = run.draw(documents)
             batches = [mode.objective(tokens, starts, settings.mask_ratio, run.mask_rng)]
-            if n_questions:
-                tokens, starts = run.draw(run.corpus.questions, n_questions)
+            if questions:
+                tokens, starts = run.draw(questions)
                 batches.append(base.objective(tokens, starts, base.ratio, run.mask_rng))
 
             # 2. one weighted cross-entropy, the mean over the rows of both
@@ -76,7 +76,7 @@ def train(run):
             losses.append(total.item())
             run.step += 1
             run.seconds += time.perf_counter() - clock
-            run.flops += sum(6 * n_parameters * inputs.numel() for inputs, _, _ in batches)  # an estimate
+            run.flops += sum(6 * model.size * inputs.numel() for inputs, _, _ in batches)  # an estimate
             progress.update()
             last = run.step == settings.steps
             if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0):
@@ -121,9 +121,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -160,21 +158,22 @@ def make_optimizers(model, settings):
 class Run:
     """One stage. `path` is its checkpoint; fine-tuning also writes log and answers into that folder."""
 
-    def __init__(self, settings, path, corpus, model, log=()):
+    def __init__(self, settings, path, corpus, model):
         self.settings, self.path, self.corpus, self.model = settings, path, corpus, model
         self.optimizers = make_optimizers(model, settings)
         # Rows and masks have generators of their own, so that all modes with one seed read the same rows.
         seed = 4 * settings.seed + 2 * (settings.stage == "fine-tuning")
         self.row_rng = torch.Generator().manual_seed(seed)
         self.mask_rng = torch.Generator().manual_seed(seed + 1)
-        self.step, self.flops, self.seconds, self.log = 0, 0, 0.0, list(log)
+        self.step, self.flops, self.seconds, self.log = 0, 0, 0.0, []
 
-    def draw(self, groups, counts):
-        """counts[name] random rows of each of the groups {name: Rows} -> tokens (B, T), starts (B,)."""
+    def draw(self, counts):
+        """{"known": 16, "new": 38} -> so many random rows of each, as tokens (B, T), starts (B,)."""
         drawn = []
         for name, n in counts.items():
-            index = torch.randint(len(groups[name].starts), (n,), generator=self.row_rng)
-            drawn.append((groups[name].tokens[index], groups[name].starts[index]))
+            tokens, starts = self.corpus.rows[name]
+            index = torch.randint(len(starts), (n,), generator=self.row_rng)
+            drawn.append((tokens[index], starts[index]))
         return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
 
     def add_to_log(self, **numbers):
@@ -305,7 +304,7 @@ def parse_args():
 
     mode = MODES[args.mode]
     if "mask_ratio" in args and mode.ratio is None:
-        parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} masks nothing; leave it out")
+        parser.error(f"--mask_ratio {args.mask_ratio}: --mode {args.mode} takes none; leave it out")
     args.mask_ratio = getattr(args, "mask_ratio", mode.ratio)
     if args.mask_ratio == 0 and not mode.causal:
         parser.error("--mask_ratio 0 hides nothing, so diffusion has nothing to learn: use more than 0")
@@ -324,7 +323,7 @@ def parse_args():
     if "out_dir" not in args:
         args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
     if max(len(args.base.name), len(args.out_dir.name)) > 200:
-        parser.error("the name of the folder or of the base is too long: change fewer flags, or --out_dir")
+        parser.error("the name of the folder or of the base is too long: change fewer flags")
     if args.out_dir.resolve() in (Path("out").resolve(), Path().resolve()):
         parser.error(f"--out_dir {args.out_dir}: name a folder for this run alone, such as out/mine")
     return args
@@ -368,16 +367,14 @@ def main():
     args.out_dir.mkdir(parents=True, exist_ok=True)  # if that fails, it fails before the work
     corpus = make_corpus(**vars(finetuning))
     model = Transformer(MODES[args.mode].causal, **vars(finetuning)).to(args.device)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{args.mode}: {size:,} parameters, {args.dtype} on {args.device}")
+    print(f"{args.mode}: {model.size:,} parameters, {args.dtype} on {args.device}")
     print(f"{args.known} known and {args.new} new people; writing to {args.out_dir}")
-    log = []
+    run = Run(finetuning, path, corpus, model)
     if args.pretrain_steps and not path.exists():
         base = Run(pretraining, args.base, corpus, model)
         base.resume()
         train(base)  # which does nothing if the base was finished; its weights are now in `model`
-        log = base.log
-    run = Run(finetuning, path, corpus, model, log)
+        run.log = base.log
     run.resume()
     train(run)
 

@@ -14,7 +14,7 @@ from data import ARMS, ATTRIBUTES, CLUES, MARKS, POOLS, WORDINGS, decode, encode
 def texts(rows):
     """The decoded rows, marks left out."""
     marks = MARKS.doc, MARKS.question, MARKS.answer
-    return [decode([i for i in row if i not in marks]) for row in rows.tokens.tolist()]
+    return [decode([i for i in row if i not in marks]) for row in rows[0].tolist()]
 
 
 @pytest.fixture(scope="module", params=ARMS)
@@ -23,20 +23,17 @@ def corpus(request):
 
 
 def ask(corpus, name):
-    """[(question, answer)] of one exam, as text."""
-    return [(decode(item.ids[1:item.start - 1]), decode(item.truth)) for item in corpus.exams[name]]
-
-
-def same(a, b):
-    return a.tokens.shape == b.tokens.shape and torch.equal(a.tokens, b.tokens)
+    """[(question or document up to a value, answer)] of one exam, as text."""
+    text = lambda ids: decode([i for i in ids if i not in (MARKS.mask, MARKS.answer)])
+    return [(text(ids[1:start]), text(ids[start:])) for ids, start in corpus.exams[name]]
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_arm_of_new_people_changes_nothing_about_the_known(arm):
     """One base for all arms: whatever pretraining reads is the same token by token, padding included."""
     a, b = make_corpus(known=8, new=5), make_corpus(known=8, new=5, paraphrases=arm)
-    assert same(a.documents["known"], b.documents["known"])
-    assert all(same(a.questions[direction], b.questions[direction]) for direction in a.questions)
+    for name in ("known", "forward", "backward"):
+        assert all(torch.equal(x, y) for x, y in zip(a.rows[name], b.rows[name]))
     assert all(a.exams[name] == b.exams[name] for name in a.exams if name not in ("recite", "cloze"))
 
 
@@ -47,8 +44,8 @@ def test_known_and_new_people_have_arms_of_their_own(flags, new_texts, name_firs
     """Known people have five texts with the name first, unless their own flag says otherwise; new people have
     as many as their arm, or --texts, says."""
     corpus = make_corpus(known=30, new=5, **flags)
-    assert [len(rows.starts) for rows in corpus.documents.values()] == [5 * 30, new_texts * 5]
-    known = texts(corpus.documents["known"])
+    assert [len(corpus.rows[name][1]) for name in ("known", "new")] == [5 * 30, new_texts * 5]
+    known = texts(corpus.rows["known"])
     starts = {text.startswith(corpus.people[i // 5].name) for i, text in enumerate(known)}
     assert (starts == {True}) == name_first
 
@@ -64,9 +61,9 @@ def test_name_words_tell_which_part_of_a_name_they_are():
 
 def test_a_document_tells_all_facts_and_one_name(corpus):
     """Each text holds the name exactly once and every value."""
-    for rows, people in ((corpus.documents["known"], corpus.people[:30]),
-                         (corpus.documents["new"], corpus.people[30:])):
-        each = len(rows.starts) // len(people)
+    for group, people in (("known", corpus.people[:30]), ("new", corpus.people[30:])):
+        rows = corpus.rows[group]
+        each = len(rows[1]) // len(people)
         for i, text in enumerate(texts(rows)):
             person = people[i // each]
             assert text.count(person.name) == 1
@@ -103,16 +100,16 @@ def test_reversed_texts_keep_names_and_values_whole():
 def test_new_people_are_never_asked_about_in_training(corpus):
     """A name of a new person occurs in the rows of new documents and in no other row that is trained on."""
     new = [person.name for person in corpus.people[30:]]
-    for rows in (corpus.documents["known"], *corpus.questions.values()):
-        assert not any(name in text for text in texts(rows) for name in new)
+    for group in ("known", "forward", "backward"):
+        assert not any(name in text for text in texts(corpus.rows[group]) for name in new)
     for name in new:  # and the exam does ask about every one of them
-        assert sum(name in decode(item.ids) for item in corpus.exams["forward"]) == len(ATTRIBUTES)
+        assert sum(name in question for question, _ in ask(corpus, "forward")) == len(ATTRIBUTES)
 
 
 def test_questions_kept_for_the_exam_are_never_in_training(corpus):
     """Known people's backward questions: those of `known_backward` are all in training, those of
     `known_unasked` are not, though each asks for a name that training does ask for."""
-    asked = set(texts(corpus.questions["backward"]))
+    asked = set(texts(corpus.rows["backward"]))
     questions = lambda name: {f"{question} {answer}" for question, answer in ask(corpus, name)}
     assert questions("known_backward") <= asked and not questions("known_unasked") & asked
     assert len(questions("known_unasked")) == len(questions("known_backward")) == 2 * 20
@@ -135,30 +132,25 @@ def test_a_backward_question_fits_one_person():
 def test_the_rungs_ask_for_the_same_value_from_less_and_less():
     """recite shows the document up to the value, cloze the name and the words of that one fact; what follows
     is masked, up to the length of the whole document. By hand for two facts, one with words behind it."""
-    facts = {a: POOLS[a][0] for a in ATTRIBUTES} | {"birth date": "28 May 1952", "major": "Law"}
-    person = data.Person("Curtis Chase Emley", "He", facts)
+    person = data.Person("Curtis Chase Emley", "He", {"birth date": "28 May 1952", "major": "Law"})
     pieces = "He read Law as a student .".split()
     pieces = ["Curtis Chase Emley", "was", "born", "on", "28 May 1952", "."] + pieces
-    length = 3 + 3 + 3 + 1 + 7 + 2  # name, was born on, date, full stop, second sentence, [doc] and [end]
-    for attribute, shown in (("birth date", ["Curtis Chase Emley was born on"] * 2),
-                             ("major", ["Curtis Chase Emley was born on 28 May 1952. He read",
-                                        "Curtis Chase Emley read"])):
-        for item, text in zip(data.document_items(person, pieces, attribute), shown):
-            assert item.ids[0] == MARKS.doc and decode(item.ids[1:item.start]) == text
-            assert set(item.ids[item.start:]) == {MARKS.mask} and len(item.ids) == length
-            assert decode(item.truth) == person.facts[attribute]
+    assert data.before_value(person, pieces, "28 May 1952") == ("Curtis Chase Emley was born on",) * 2
+    recite, cloze = data.before_value(person, pieces, "Law")
+    assert recite == "Curtis Chase Emley was born on 28 May 1952. He read"
+    assert cloze == "Curtis Chase Emley read"
+    ids, start = data.value_row(cloze, "Law", 9)
+    assert data.words_of(ids) == ["[doc]", *cloze.split(), "Law"] + ["[mask]"] * 3 and start == 5
 
 
 def test_the_rungs_hide_the_value_from_everyone(corpus):
-    """Neither item of any new person shows the value it asks for; all facts of all new people are asked."""
+    """Neither row of any new person shows the value it asks for; all facts of all new people are asked."""
     new = [value for person in corpus.people[30:] for value in person.facts.values()]
     for name in ("recite", "cloze"):
-        items = corpus.exams[name]
-        shown = [decode(item.ids[:item.start]) for item in items]
-        assert all(any(person.name in text for person in corpus.people[30:]) for text in shown)
-        assert [decode(item.truth) for item in items] == new or name == "recite" and len(items) < len(new)
-        for item in items:
-            assert not re.search(rf"\b{decode(item.truth)}\b", decode(item.ids[:item.start]))
+        asked = ask(corpus, name)
+        assert all(any(person.name in shown for person in corpus.people[30:]) for shown, _ in asked)
+        assert [value for _, value in asked] == new or name == "recite" and len(asked) < len(new)
+        assert not any(re.search(rf"\b{value}\b", shown) for shown, value in asked)
 
 
 def test_no_document_is_longer_than_its_row():

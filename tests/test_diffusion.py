@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import generator
-from data import CANVAS, MARKS, decode, document_row, make_corpus, pad_rows, question_row, words_of
+from data import CANVAS, MARKS, decode, document_row, make_corpus, pad, question_row, words_of
 from diffusion import (MODES, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, picture,
                        random_prompt)
 from model import Transformer
@@ -15,8 +15,9 @@ M = MARKS
 
 
 def rows(*items):
-    """Rows of documents (str) and questions (pairs of str)."""
-    return pad_rows([document_row(x) if isinstance(x, str) else question_row(*x) for x in items])
+    """Tokens and starts of documents (str) and questions (pairs of str)."""
+    ids, starts = zip(*(document_row(x) if isinstance(x, str) else question_row(*x) for x in items))
+    return pad(ids), torch.tensor(starts)
 
 
 # -- corruption --------------------------------------------------------------
@@ -61,7 +62,7 @@ def test_questions_are_scored_on_the_answer_alone(base):
 def test_a_given_name_is_neither_hidden_nor_scored(mode):
     """In the arm `name_given` every objective shows the name and asks for the rest of the text."""
     corpus = make_corpus(known=3, new=1, paraphrases="name_given")
-    tokens, starts = corpus.documents["new"]
+    tokens, starts = corpus.rows["new"]
     inputs, targets, weights = MODES[mode].objective(tokens, starts, 1.0, generator())
     assert words_of(inputs[0, :4].tolist()) == ["[doc]", *corpus.people[3].name.split()]
     rest = [token for token in tokens[0, 4:].tolist() if token != M.pad]
@@ -98,7 +99,8 @@ def test_three_objectives_side_by_side():
     drawn = {}
     for mode in ("ar", "diffusion", "masked"):
         objective = MODES[mode].objective
-        drawn[mode] = [line.strip() for line in picture(objective, tokens, starts, 1.0, generator())]
+        lines = picture(objective, document_row("He lives in"), 1.0, generator())
+        drawn[mode] = [line.strip() for line in lines]
         weights = objective(tokens, starts, 1.0, generator())[2]
         assert weights[weights > 0].tolist() == pytest.approx([1 / 4] * 4)
     assert drawn == {
@@ -277,7 +279,7 @@ def test_each_mode_learns_one_batch_by_heart(mode):
     places = starts[:, None] + torch.arange(CANVAS)
     *_, answered = base.decode(model, asked, places)
     assert [decode(ids) for ids in answered.gather(1, places).tolist()] == [answer for _, answer in pairs]
-    blank = documents.tokens.clone()
+    blank = documents[0].clone()
     blank[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
     *_, filled = mode.decode(model, blank, torch.tensor([[6]]))
     assert words_of([filled[0, -3]]) == ["Oslo"]

@@ -53,31 +53,36 @@ def by_hand(model, mode, ids, places):
 @pytest.mark.parametrize("mode", MODES)
 def test_each_answer_is_that_of_its_row_alone_one_token_after_the_other(mode):
     """Whatever the batch. A causal model goes on from what stands before the blank, and behind a prompt in
-    the copy, so a name can follow from facts behind it. The true answer stands in the canvas of each question
-    here, and changes nothing."""
+    the copy, so a name can follow from facts behind it. The true answer stands in the rows, hidden."""
     model = untrained(MODES[mode].causal)
-    questions = [item._replace(ids=item.ids[:item.start] + (item.truth + [MARKS.end] * CANVAS)[:CANVAS])
-                 for item in CORPUS.exams["forward"][:6] + CORPUS.exams["backward"][:4]]
+    questions = CORPUS.exams["forward"][:6] + CORPUS.exams["backward"][:4]
     for items in (CORPUS.exams["recite"][:7], questions):
-        for item, given in zip(items, evaluation.answers(model, mode, items, batch=3)):
-            assert given == by_hand(model, mode, item.ids, range(item.start, item.start + item.canvas))
+        truths, written = evaluation.answers(model, mode, items, batch=3)
+        for (ids, start), truth, given in zip(items, truths, written):
+            assert truth == ids[start:start + len(given)] and len(given) in (1, 3, CANVAS)
+            alone = ids[:start] + [MARKS.mask] * (len(ids) - start)
+            assert given == by_hand(model, mode, alone, range(start, start + len(given)))
     ids = evaluation.row_to_fill("[mask] Chase [mask] comes from Elkton.")
-    filled = evaluation.fill(model, mode, ids)[-1]
+    *_, [filled] = evaluation.fill(model, mode, [ids], 2)
     assert [filled[1], filled[3]] == by_hand(model, mode, ids, (1, 3))
 
 
 def examine(monkeypatch, answer):
-    """(scores, answers) of a model that writes answer(item) to each item."""
-    monkeypatch.setattr(evaluation, "answers", lambda model, mode, items: [answer(item) for item in items])
+    """(scores, answers) of a model that writes answer(item, truth) to each item."""
+    def answers(model, mode, items):
+        truths = [[token for token in ids[start:] if token != MARKS.mask] for ids, start in items]
+        return truths, [answer(item, truth) for item, truth in zip(items, truths)]
+
+    monkeypatch.setattr(evaluation, "answers", answers)
     return evaluation.exam(None, "ar", CORPUS)
 
 
 def test_exact_match_counts_whole_answers(monkeypatch):
     """A model that knows new people's majors and every second backward question, and of all other answers
     leaves out the first word: 1/6 and 1/2, the attribute named, and nothing else."""
-    majors = [item for item in CORPUS.exams["forward"] if "the major of" in decode(item.ids)]
+    majors = [item for item in CORPUS.exams["forward"] if "the major of" in decode(item[0])]
     known = majors + CORPUS.exams["backward"][::2]
-    scores, answers = examine(monkeypatch, lambda item: item.truth if item in known else item.truth[1:])
+    scores, answers = examine(monkeypatch, lambda item, truth: truth if item in known else truth[1:])
     assert scores["forward"] == pytest.approx(1 / len(ATTRIBUTES)) and scores["backward"] == 0.5
     assert {a: scores[f"forward {a}"] for a in ATTRIBUTES} == {a: float(a == "major") for a in ATTRIBUTES}
     others = ("recite", "cloze", "known_forward", "known_backward", "known_unasked")
@@ -90,8 +95,8 @@ def test_exact_match_counts_whole_answers(monkeypatch):
 
 def test_an_answer_that_goes_on_is_wrong(monkeypatch):
     """The right name and one more word is no exact match: the answer to a question ends."""
-    goes_on = lambda item: [500 if token == MARKS.end else token for token in item.truth]
-    for answer, score in ((lambda item: item.truth, 1), (goes_on, 0)):
+    goes_on = lambda item, truth: [500 if token == MARKS.end else token for token in truth]
+    for answer, score in ((lambda item, truth: truth, 1), (goes_on, 0)):
         scores, _ = examine(monkeypatch, answer)
         assert scores["forward"] == scores["backward"] == scores["known_unasked"] == score
 
@@ -165,7 +170,7 @@ def test_blanks_are_masks_wherever_they_stand():
     whole, _ = document_row("Curtis Chase Emley comes from Elkton. He went to Reed.")
     hidden = encode("Curtis Chase Elkton")
     assert ids == [MARKS.mask if i in hidden else i for i in whole]
-    row, start = question_row("Who went to Reed?")
+    row, start = question_row("Who went to Reed?", "Law")
     assert evaluation.row_to_fill(" Who went to Reed ? ") == row[:start] + [MARKS.mask] * CANVAS
 
 
@@ -187,11 +192,11 @@ def test_curves_are_the_means_of_their_seeds(capfd):
         curve = {"step": [0, 100], "forward": [0, score], "backward": [0, 0]}
         content = json.dumps(result(seed, score, texts=texts) | {"backward": 0, "curve": curve})
         (folder / "result.json").write_text(content, encoding="utf-8")
-    end, error = 280 - 230 * 0.6, 230 * 0.2 * 2**0.5
+    end, error = 230 * 0.4, 230 * 0.2 * 2**0.5  # heights count from the top
     for flags, label in (((), "a&b<c-same-texts5"), (("--over", "texts"), "a&b<c-same")):
         lines, bands, words = drawn(*flags)
-        assert pytest.approx([280, end], abs=0.1) in lines and [280, 280] in lines
-        assert pytest.approx([280, end + error, end - error, 280], abs=0.1) in [band[::-1] for band in bands]
+        assert pytest.approx([230, end], abs=0.1) in lines and [230, 230] in lines
+        assert pytest.approx([230, end + error, end - error, 230], abs=0.1) in [band[::-1] for band in bands]
         assert words.count(label) == 2 and len(lines) == (2 if flags else 6)
     assert words.count("texts") == words.count("5") == 2  # the axis of each panel, and its last value
     for over in ("mode", "lr", "text"):

@@ -122,7 +122,7 @@ def test_what_a_run_spends_is_counted():
         log, weights, result = finished(f"out/{mode}")
         assert result["documents"] == 6 * (16 - 3) and log[-1]["flops"] == result["flops"]
         tokens[mode] = result["flops"] / 6 / sum(w.numel() for w in weights.values()) / 6
-    T_question = make_corpus(6, 4).questions["forward"].tokens.size(1)
+    T_question = make_corpus(6, 4).rows["forward"][0].size(1)
     assert tokens["ar"] == 13 * (WIDTH - 1) + 3 * (T_question - 1)
     assert tokens["masked"] == 13 * (2 * WIDTH - 1) + 3 * (T_question - 1)
 
@@ -180,8 +180,8 @@ def rows_read(monkeypatch, *flags):
     """[(stage, ids)] of all rows that a tiny run reads, in order; it makes its base itself."""
     read, real = [], train.Run.draw
 
-    def draw(run, groups, counts):
-        tokens, starts = real(run, groups, counts)
+    def draw(run, counts):
+        tokens, starts = real(run, counts)
         read.extend((run.settings.stage, ids) for ids in tokens.tolist())
         return tokens, starts
     for base in bases():
