@@ -266,7 +266,7 @@ def reopen(folder):
     saved = load(path, needs=("settings", "model"))
     settings, now = saved["settings"], fingerprints()
     for name in ("data.py", "model.py", "diffusion.py"):
-        if settings[name] != now[name]:
+        if settings.get(name) != now[name]:
             raise Stop(f"{path} was trained with another {name}: undo that change, or train again")
     model = Transformer(MODES[settings["mode"]].causal, **settings).to(DEVICES[-1])
     model.load_state_dict(saved["model"])

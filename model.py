@@ -164,7 +164,7 @@ def load(path, needs):
         saved = (json.loads(content) if path.suffix == ".json" else
                  torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         lacks = [key for key in needs if key not in saved]
-        dict(saved.get("settings", {}))  # these must be dicts, too
+        saved.get("settings", {"seed": 0})["seed"]  # settings are a dict with a seed
     except Exception:  # there is no end to what a damaged file can raise
         raise Stop(f"{path} cannot be read: if it is damaged, delete it and train again")
     if lacks:

@@ -32,9 +32,10 @@ from model import DEVICES, Stop, Transformer, load, one_line, write
 
 EXAMS_A_RUN = 10    # at most, during fine-tuning; plus one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
-PRETRAINING = {  # fixed here; fine-tuning has a flag for each
-    "optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0, "embed_decay": 0.0,
-    "question_share": 0.16, "new_share": 0.0}
+PRETRAINING = {  # what a base has in place of fine-tuning's flags; None: it does not depend on that
+    "stage": "pretraining", "optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0,
+    "embed_decay": 0.0, "question_share": 0.16, "new_share": 0.0,
+    "paraphrases": None, "texts": None, "eval.py": None}
 
 
 def train(run):
@@ -252,11 +253,6 @@ def name_or_share(text):
         raise argparse.ArgumentTypeError(f"{text} is no number and none of {', '.join(RATIOS)}")
 
 
-# What a base does not take from the flags: it has no such setting, or a fixed one. Code files are settings,
-# too, by their fingerprints; a base does not depend on eval.py.
-NOT_OF_BASE = ("mode", "paraphrases", "texts", "mask_ratio", "steps", *PRETRAINING, "eval.py")
-
-
 def parse_args():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -318,7 +314,8 @@ def parse_args():
     unnamed = ("mode", "paraphrases", "seed", "out_dir", "overwrite")
     changed = {name: f"-{name}{value}" for name, value in vars(args).items()
                if name not in unnamed and value != defaults[name]}
-    changed_of_base = "".join(text for name, text in changed.items() if name not in NOT_OF_BASE)
+    not_of_base = (*PRETRAINING, "mask_ratio", "steps")
+    changed_of_base = "".join(text for name, text in changed.items() if name not in not_of_base)
     args.base = Path(f"out/base-{mode.base}{changed_of_base}-seed{args.seed}.pt")
     if "out_dir" not in args:
         args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
@@ -330,15 +327,15 @@ def parse_args():
 
 
 def stages(args):
-    """args -> the settings of pretraining and those of fine-tuning: all that their results depend on."""
+    """args -> the settings of pretraining and those of fine-tuning: all that their results depend on, code
+    files by their fingerprints."""
     finetuning = vars(args) | {"stage": "fine-tuning", "torch": str(torch.__version__)} | fingerprints()
     finetuning["texts"] = args.texts or ARMS[args.paraphrases].texts
     for name in ("base", "out_dir", "overwrite"):
         finetuning.pop(name)
-    base_mode = MODES[args.mode].base
-    pretraining = {name: value for name, value in finetuning.items() if name not in NOT_OF_BASE}
-    pretraining |= PRETRAINING | {"stage": "pretraining", "mode": base_mode, "steps": args.pretrain_steps,
-                                  "mask_ratio": MODES[base_mode].ratio}
+    base = MODES[args.mode].base
+    pretraining = finetuning | PRETRAINING | {"mode": base, "mask_ratio": MODES[base].ratio,
+                                              "steps": args.pretrain_steps}
     return argparse.Namespace(**pretraining), argparse.Namespace(**finetuning)
 
 
