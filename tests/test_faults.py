@@ -18,11 +18,11 @@ from conftest import ROOT, TINY, assert_same_run, bases, call, edit, refusal, st
 from data import CANVAS
 from diffusion import loss
 
-# A process that has imported everything waits for a line before it trains, and says when its training begins.
+# A process that has imported everything waits for a line before it trains, and says when it writes a file.
 CHILD = """import sys; sys.path.insert(0, sys.argv.pop(1))
 import train
-train.SAVE_EVERY, real = 1, train.train
-train.train = lambda run: (print("training", flush=True), real(run))
+train.SAVE_EVERY, write = 1, train.write
+train.write = lambda path, content: (print("writes", flush=True), write(path, content))
 input()
 train.main()"""
 
@@ -34,29 +34,23 @@ def child(*arguments):
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
 
 
-def until_it_trains(process):
-    process.stdin.write("\n")
-    process.stdin.flush()
-    process.stdout.readline()
-
-
 def test_twenty_kills_cost_no_result():
-    """Killed 20 times at random moments, often while it writes, for it saves at each step here, and started
-    again each time, a run ends with the log and the weights of an unbroken one, bit for bit."""
+    """Killed 20 times, each time just as it writes a file or a moment later, and started again each time, a
+    run ends with the log and the weights of an unbroken one, bit for bit."""
     flags = [*TINY, "--steps", "120", "--pretrain_steps", "30", "--out_dir"]
-    process = child(*flags, "a/run")
-    until_it_trains(process)
-    clock = time.perf_counter()
-    process.communicate()
-    length = time.perf_counter() - clock
+    child(*flags, "a/run").communicate("\n")
     bases()[0].unlink()
     moments, steps = random.Random(0), []
     waiting = [child(*flags, "b/run") for _ in range(2)]  # two import while one trains
     for _ in range(20):
         waiting.append(child(*flags, "b/run"))
         process = waiting.pop(0)
-        until_it_trains(process)
-        time.sleep(moments.uniform(0, length / 5))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        writes = moments.randrange(1, 25)  # of about 300, as it saves at each step here
+        while writes and process.poll() is None:
+            writes -= process.stdout.readline() == "writes\n"
+        time.sleep(moments.uniform(0, 0.005))
         process.kill()
         process.communicate()
         assert process.returncode != 2  # none was refused
