@@ -218,9 +218,14 @@ def encode(text):
     return TOKENIZER.encode_ordinary(" " + text)
 
 
+def until_end(ids):
+    """The ids before the first end mark."""
+    return ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids
+
+
 def decode(ids):
-    """The text of a list of ids, the inverse of `encode`; what follows the first end mark is dropped."""
-    return TOKENIZER.decode(ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids).removeprefix(" ")
+    """The text of a list of ids up to the first end mark, the inverse of `encode`."""
+    return TOKENIZER.decode(until_end(ids)).removeprefix(" ")
 
 
 def words_of(ids):

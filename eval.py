@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from data import (ATTRIBUTES, CANVAS, EXAMS, MARKS, POOLS, TOKENIZER, WIDTH, WORDS, decode, join, make_corpus,
-                   pad, words_of)
+                   pad, until_end, words_of)
 from diffusion import MODES, decode_ar, decode_random_prompt
 from model import DEVICES, Stop, Transformer, load, one_line, write
 
@@ -80,14 +80,15 @@ def exam(model, mode, corpus):
     questions about new people. Answers: a dict per item: what was asked, the truth, the answer."""
     scores, kept = {}, []
     for name, items in corpus.exams.items():
-        texts = [{"exam": name, "asked": decode(ids[1:start]).removesuffix("[answer]"),
-                  "truth": decode(truth), "answer": decode(answer)}
-                 for (ids, start), truth, answer in zip(items, *answers(model, mode, items))]
-        right = [text["answer"] == text["truth"] for text in texts]
+        truths, written = answers(model, mode, items)
+        right = [until_end(ids) == until_end(truth) for ids, truth in zip(written, truths)]
         scores[name] = np.mean(right).item()
         if name == "forward":  # the questions come person by person, in the order of ATTRIBUTES
             for i, attribute in enumerate(ATTRIBUTES):
                 scores[f"forward {attribute}"] = np.mean(right[i::len(ATTRIBUTES)]).item()
+        texts = [{"exam": name, "asked": decode(ids[1:start]).removesuffix("[answer]"),
+                  "truth": decode(truth), "answer": decode(answer)}
+                 for (ids, start), truth, answer in zip(items, truths, written)]
         if name in DIRECTIONS:
             scores[f"rouge_{name}"] = np.mean([rouge(text["answer"], text["truth"]) for text in texts]).item()
         kept += texts

@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         self.causal, self.dtype, self.head_size = causal, dtype, n_embd // n_head
         self.embed = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_head, n_embd) for _ in range(n_layer))
-        self.size = sum(weight.numel() for weight in self.parameters())
+        self.size = sum(weight.numel() for weight in self.parameters())  # how many numbers it learns
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):

@@ -62,10 +62,9 @@ def test_name_words_tell_which_part_of_a_name_they_are():
 def test_a_document_tells_all_facts_and_one_name(corpus):
     """Each text holds the name exactly once and every value."""
     for group, people in (("known", corpus.people[:30]), ("new", corpus.people[30:])):
-        rows = corpus.rows[group]
-        each = len(rows[1]) // len(people)
-        for i, text in enumerate(texts(rows)):
-            person = people[i // each]
+        written = texts(corpus.rows[group])
+        for i, text in enumerate(written):
+            person = people[i * len(people) // len(written)]
             assert text.count(person.name) == 1
             assert all(re.search(rf"\b{value}\b", text) for value in person.facts.values())
 
@@ -136,11 +135,10 @@ def test_the_rungs_ask_for_the_same_value_from_less_and_less():
     pieces = "He read Law as a student .".split()
     pieces = ["Curtis Chase Emley", "was", "born", "on", "28 May 1952", "."] + pieces
     assert data.before_value(person, pieces, "28 May 1952") == ("Curtis Chase Emley was born on",) * 2
-    recite, cloze = data.before_value(person, pieces, "Law")
-    assert recite == "Curtis Chase Emley was born on 28 May 1952. He read"
-    assert cloze == "Curtis Chase Emley read"
-    ids, start = data.value_row(cloze, "Law", 9)
-    assert data.words_of(ids) == ["[doc]", *cloze.split(), "Law"] + ["[mask]"] * 3 and start == 5
+    assert data.before_value(person, pieces, "Law") == (
+        "Curtis Chase Emley was born on 28 May 1952. He read", "Curtis Chase Emley read")
+    ids, start = data.value_row("Curtis Chase Emley read", "Law", 9)
+    assert data.words_of(ids) == "[doc] Curtis Chase Emley read Law".split() + ["[mask]"] * 3 and start == 5
 
 
 def test_the_rungs_hide_the_value_from_everyone(corpus):

@@ -60,8 +60,7 @@ def test_each_answer_is_that_of_its_row_alone_one_token_after_the_other(mode):
         truths, written = evaluation.answers(model, mode, items, batch=3)
         for (ids, start), truth, given in zip(items, truths, written):
             assert truth == ids[start:start + len(given)] and len(given) in (1, 3, CANVAS)
-            alone = ids[:start] + [MARKS.mask] * (len(ids) - start)
-            assert given == by_hand(model, mode, alone, range(start, start + len(given)))
+            assert given == by_hand(model, mode, ids, range(start, start + len(given)))
     ids = evaluation.row_to_fill("[mask] Chase [mask] comes from Elkton.")
     *_, [filled] = evaluation.fill(model, mode, [ids], 2)
     assert [filled[1], filled[3]] == by_hand(model, mode, ids, (1, 3))
@@ -69,11 +68,9 @@ def test_each_answer_is_that_of_its_row_alone_one_token_after_the_other(mode):
 
 def examine(monkeypatch, answer):
     """(scores, answers) of a model that writes answer(item, truth) to each item."""
-    def answers(model, mode, items):
-        truths = [[token for token in ids[start:] if token != MARKS.mask] for ids, start in items]
-        return truths, [answer(item, truth) for item, truth in zip(items, truths)]
-
-    monkeypatch.setattr(evaluation, "answers", answers)
+    hidden = lambda ids, start: [token for token in ids[start:] if token != MARKS.mask]
+    monkeypatch.setattr(evaluation, "answers", lambda model, mode, items: (
+        [hidden(*item) for item in items], [answer(item, hidden(*item)) for item in items]))
     return evaluation.exam(None, "ar", CORPUS)
 
 
@@ -94,9 +91,11 @@ def test_exact_match_counts_whole_answers(monkeypatch):
 
 
 def test_an_answer_that_goes_on_is_wrong(monkeypatch):
-    """The right name and one more word is no exact match: the answer to a question ends."""
+    """The right name and one more word is wrong, so is the name in bytes; behind an [end] nothing counts."""
     goes_on = lambda item, truth: [500 if token == MARKS.end else token for token in truth]
-    for answer, score in ((lambda item, truth: truth, 1), (goes_on, 0)):
+    after_end = lambda item, truth: truth[:-1] + [500] if truth[-2:] == [MARKS.end] * 2 else truth
+    spelled = lambda item, truth: [6 + byte for byte in decode(truth).encode()]
+    for answer, score in ((after_end, 1), (goes_on, 0), (spelled, 0)):
         scores, _ = examine(monkeypatch, answer)
         assert scores["forward"] == scores["backward"] == scores["known_unasked"] == score
 
@@ -153,12 +152,14 @@ def test_settings_and_files_that_differ_are_rows_of_their_own():
         ["slow", "1"], ["ar", "2"], ["ar-seed2 (data.py = 3c, not 1a)", "1"]]
 
 
-@pytest.mark.parametrize("content", (b"", b'{"settings"', b"[]", b"{}", b"\xff\xfe", b'{"settings": 3}'))
+@pytest.mark.parametrize("content", (b"", b'{"settings"', b"[]", b"{}", b"\xff\xfe", b'{"settings": 3}',
+                                     b'{"settings": {}}'))
 def test_a_damaged_result_ends_in_one_line(content, capfd):
     """The comparison names the file instead of leaving the run out."""
-    Path("out/run").mkdir(parents=True)
-    Path("out/run/result.json").write_bytes(content)
-    assert "result.json" in refusal(capfd, evaluation)
+    path = Path("out/run/result.json")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert str(path) in refusal(capfd, evaluation, "--columns", "settings")
 
 
 # -- asking ------------------------------------------------------------------
@@ -172,6 +173,14 @@ def test_blanks_are_masks_wherever_they_stand():
     assert ids == [MARKS.mask if i in hidden else i for i in whole]
     row, start = question_row("Who went to Reed?", "Law")
     assert evaluation.row_to_fill(" Who went to Reed ? ") == row[:start] + [MARKS.mask] * CANVAS
+
+
+def test_labels_of_lines_that_end_together_stay_apart_and_inside():
+    """Seven lines, all from 0 to 1 forward and at 0 backward: labels 15 apart, none outside of its panel."""
+    curve = {"step": [0, 9], "forward": [0, 1], "backward": [0, 0]}
+    runs = {f"{lr}-seed0": result(0, 1, lr=lr) | {"curve": curve} for lr in range(7)}
+    heights = [int(y) for y in re.findall('x="256" y="([-0-9]+)"', evaluation.plot(runs))]
+    assert heights == [*range(90, -1, -15), *range(230, 139, -15)]
 
 
 def drawn(*flags):

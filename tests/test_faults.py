@@ -45,9 +45,8 @@ def test_twenty_kills_cost_no_result():
     for _ in range(20):
         waiting.append(child(*flags, "b/run"))
         process = waiting.pop(0)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        writes = moments.randrange(1, 25)  # of about 300, as it saves at each step here
+        print(file=process.stdin, flush=True)
+        writes = moments.randrange(1, 25)  # of 281, as it saves at each step here
         while writes and process.poll() is None:
             writes -= process.stdout.readline() == "writes\n"
         time.sleep(moments.uniform(0, 0.005))
