@@ -62,8 +62,8 @@ def corrupt(allowed, ratio, generator):
     a small t gives huge weights. The paper's t is in .05 .. .95: its loss is *not* the ELBO.
     """
     B, T = allowed.shape
-    u = torch.rand(B, 1, generator=generator).to(allowed.device)        # (B, 1)
-    draws = torch.rand(B, T, generator=generator).to(allowed.device)    # (B, T), a number for each position
+    u = torch.rand(B, 1, generator=generator)                           # (B, 1)
+    draws = torch.rand(B, T, generator=generator)                       # (B, T), a number for each position
     draws = draws.masked_fill(~allowed, torch.inf)
     L = allowed.sum(1, keepdim=True)                                    # (B, 1)
     if ratio in RATIOS:
@@ -119,7 +119,7 @@ def masked(tokens, starts, ratio, generator):
 
 def random_prompt(tokens, starts, ratio=None, generator=None):
     """The paper's control for `masked`: a prompt of the same length, made of random words."""
-    words = random_words(tokens.shape, generator).to(tokens.device)
+    words = random_words(tokens.shape, generator)
     return ar(*with_response(torch.where(content(tokens, starts), words, tokens), tokens, starts))
 
 
@@ -129,9 +129,13 @@ def random_words(shape, generator):  # the words have the last ids
 
 def loss(model, inputs, targets, weights):
     """sum(weights x cross-entropy) / B, in nats per token: a weighted sum in each row, then their mean."""
-    at = weights > 0  # logits are computed only where they count
-    nll = F.cross_entropy(model(inputs, at).float(), targets[at], reduction="none")  # (S,)
-    return (nll * weights[at]).sum() / len(inputs)
+    if inputs.is_cuda:  # logits everywhere, (BT, V): recordings (model.py) need shapes that never change
+        logits, targets, weights = model(inputs).flatten(0, 1), targets.flatten(), weights.flatten()
+    else:  # only where they count, (S, V)
+        at = weights > 0
+        logits, targets, weights = model(inputs, at), targets[at], weights[at]
+    nll = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (nll * weights).sum() / len(inputs)
 
 
 # -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import ARMS, make_corpus
 from diffusion import MODES, RATIOS, loss
 from eval import REPORTED, chance, differs, exam, fingerprints, report
-from model import DEVICES, Stop, Transformer, load, one_line, write
+from model import DEVICES, Stop, Transformer, load, one_line, recorded, write
 
 EXAMS_A_RUN = 10    # at most, during fine-tuning; plus one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
@@ -47,6 +47,19 @@ def train(run):
     fine_tuning = settings.stage == "fine-tuning"
     if fine_tuning and run.step == 0:
         run.examine()
+
+    def backpropagate(*batch):
+        """The mean loss over all rows; its gradients are left in the parameters. `batch`: inputs, targets,
+        weights of the documents, then those of the questions, if there are any."""
+        model.zero_grad()
+        total = 0
+        for i in range(0, len(batch), 3):
+            inputs, targets, weights = batch[i:i + 3]
+            total += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
+        total.backward()
+        return total.detach()
+
+    backpropagate = recorded(backpropagate, settings.device)
     losses = []
     with tqdm(total=settings.steps, initial=run.step, desc=settings.stage, unit="step",
               dynamic_ncols=True) as progress:
@@ -55,17 +68,13 @@ def train(run):
 
             # 1. what is seen and what is asked: in documents by the mode, in questions by its base
             tokens, starts = run.draw(documents)
-            batches = [mode.objective(tokens, starts, settings.mask_ratio, run.mask_rng)]
+            batch = mode.objective(tokens, starts, settings.mask_ratio, run.mask_rng)
             if questions:
                 tokens, starts = run.draw(questions)
-                batches.append(base.objective(tokens, starts, base.ratio, run.mask_rng))
+                batch += base.objective(tokens, starts, base.ratio, run.mask_rng)
 
-            # 2. one weighted cross-entropy, the mean over the rows of both
-            model.zero_grad()
-            total = 0
-            for inputs, targets, weights in batches:
-                total += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
-            total.backward()
+            # 2. one weighted cross-entropy and its gradients
+            losses.append(backpropagate(*batch).clone())
 
             # 3. one step of each optimizer
             for optimizer, peak in zip(run.optimizers, (settings.lr, settings.embed_lr)):
@@ -74,19 +83,20 @@ def train(run):
                 optimizer.step()
 
             # 4. what it cost; now and then an exam, a line in the log, a checkpoint
-            losses.append(total.item())
             run.step += 1
-            run.seconds += time.perf_counter() - clock
-            run.flops += sum(6 * model.size * inputs.numel() for inputs, _, _ in batches)  # an estimate
-            progress.update()
             last = run.step == settings.steps
+            saving = last or run.step % SAVE_EVERY == 0
+            if saving:  # elsewhere nothing waits for a GPU
+                mean = sum(x.item() for x in losses) / len(losses)
+                losses = []
+            run.seconds += time.perf_counter() - clock
+            run.flops += sum(6 * model.size * inputs.numel() for inputs in batch[::3])  # an estimate
+            progress.update()
             if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0):
                 run.examine()
-            if last or run.step % SAVE_EVERY == 0:
-                mean = sum(losses) / len(losses)
+            if saving:
                 progress.set_postfix_str(f"loss {mean:.3f}", refresh=False)
                 run.save(mean)
-                losses = []
 
 
 def rows_per_batch(settings):
@@ -117,28 +127,32 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.orthogonal = recorded(orthogonal, self.param_groups[0]["params"][0].device.type)
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
+        for group in self.param_groups:  # the matrices of one shape
+            updates = []
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's
+                updates.append(p.grad.lerp(momentum, 0.95))  # Nesterov's
+            for p, update in zip(group["params"], self.orthogonal(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
-def orthogonal(matrix):
-    """Nearly U V^T, for a matrix U S V^T. Five Newton-Schulz steps x -> a x + (b x x^T + c (x x^T)^2) x bring
-    all but very small singular values to between 0.68 and 1.2."""
+def orthogonal(matrices):
+    """Nearly U V^T for each of n matrices U S V^T, given as (n, rows, columns). Five Newton-Schulz steps
+    x -> a x + (b x x^T + c (x x^T)^2) x bring all but very small singular values to between 0.68 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if matrix.size(0) > matrix.size(1) else x
+    return x.mT if tall else x
 
 
 def make_optimizers(model, settings):
@@ -146,7 +160,9 @@ def make_optimizers(model, settings):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     if settings.optimizer == "muon":
-        inner = Muon(matrices, settings.lr, settings.decay)
+        shapes = {matrix.shape for matrix in matrices}
+        alike = [{"params": [p for p in matrices if p.shape == shape]} for shape in sorted(shapes)]
+        inner = Muon(alike, settings.lr, settings.decay)
     else:
         inner = torch.optim.AdamW(matrices, settings.lr, betas=(0.9, 0.95), weight_decay=settings.decay)
     outer = torch.optim.AdamW(others, settings.embed_lr, betas=(0.9, 0.95), weight_decay=settings.embed_decay)
@@ -175,7 +191,7 @@ class Run:
             tokens, starts = self.corpus.rows[name]
             index = torch.randint(len(starts), (n,), generator=self.row_rng)
             drawn.append((tokens[index], starts[index]))
-        return [torch.cat(parts).to(self.settings.device) for parts in zip(*drawn)]
+        return [torch.cat(parts) for parts in zip(*drawn)]
 
     def add_to_log(self, **numbers):
         """Called before each save and after each exam; a run with an infinite or NaN weight stops here."""
@@ -345,7 +361,8 @@ def main():
     one prints its result; one with other settings or other code is refused."""
     args = parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, as far as a GPU can
-    torch.use_deterministic_algorithms(args.device == "cuda", warn_only=True)
+    torch.use_deterministic_algorithms(args.device == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a third of a step's kernels did that
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
     if args.overwrite:

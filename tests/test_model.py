@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from conftest import generator
 from data import MARKS
-from model import DEVICES, Transformer, rotary, rotate
+from model import DEVICES, Transformer, recorded, rotary, rotate
 
 V, PAD = 11, MARKS.pad
 
@@ -63,6 +63,19 @@ def test_a_batch_mate_must_not_matter(causal):
     model, a, other = make(causal), tokens(seed=1), tokens(seed=2)
     together = torch.cat((a[:1], other[1:]))
     torch.testing.assert_close(model(together)[0], model(a)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_recording_reads_what_is_there_now(name):
+    """A CUDA graph replays kernels, not results: it takes this call's tensors and today's weights, for every
+    shape. On a CPU nothing is recorded."""
+    weight = torch.ones(3, device=name)
+    scale = recorded(lambda x: x * weight, name)
+    for factor in (1, 2, 3):
+        weight.fill_(factor)
+        for rows in (2, 5):
+            x = torch.randn(rows, 3, generator=generator(factor))
+            assert torch.equal(scale(x).cpu(), factor * x)
 
 
 def test_rotary_positions_are_relative():
