@@ -61,9 +61,11 @@ class Block(nn.Module):
 
     def attention(self, x, rope, visible):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, k = rotate(norm(qkv[:2]), *rope).type_as(qkv)  # autocast runs `norm` in float32
-        y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=visible)  # softmax(q k^T / sqrt(D)) v
+        H = self.n_head
+        heads = self.qkv(x).view(B, T, 3 * H, -1).transpose(1, 2)  # (B, 3H, T, D): queries, keys, values
+        qk, v = heads.split((2 * H, H), dim=1)
+        q, k = rotate(norm(qk), *rope).type_as(v).chunk(2, dim=1)  # autocast runs `norm` in float32
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # softmax(q k^T / sqrt(D)) v
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def mlp(self, x):
