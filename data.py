@@ -249,15 +249,15 @@ def question_row(question, answer):
 
 
 def before_value(person, pieces, value):
-    """What two exams show of a document before a value. `recite` shows all of it, as in "Curtis Chase Emley
-    was born on 28 May 1952. He comes from", `cloze` the last sentence and the name: "Curtis Chase Emley comes
-    from"."""
+    """What two exams show before a value. `recite`: all that a document has there ("Curtis Chase Emley was
+    born on 28 May 1952. He comes from"). `cloze`: only its last sentence, with the name ("Curtis Chase Emley
+    comes from")."""
     recite = join(pieces[:pieces.index(value)])
     return recite, recite.split(". ")[-1].replace(f"{person.pronoun} ", f"{person.name} ")
 
 
 def value_row(shown, value, length):
-    """[doc] shown value, then [mask]s up to the length of the document; it starts at the value. For exams."""
+    """For exams: [doc] shown value, then [mask]s up to a document's length, which hide what else it says."""
     given = [MARKS.doc, *encode(shown)]
     ids = given + encode(value)
     return ids + [MARKS.mask] * (length - len(ids)), len(given)
@@ -281,7 +281,7 @@ class Corpus(NamedTuple):
     people: list        # known people, then new people
     rows: dict          # "known", "new" (documents), "forward", "backward" (questions about known people) ->
                         # tokens (N, T), starts (N,): everything that is read in training
-    exams: dict         # name -> [(ids, start)]: what comes from the start on is hidden and asked for
+    exams: dict         # name -> [(ids, start)]: the truth from the start on, up to a [mask], is asked for
 
 
 def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="change_order", wordings=5,
@@ -328,7 +328,7 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
     widest = max(len(ids) for ids, _ in rows["forward"] + rows["backward"])  # both share a batch
     for name, pairs in rows.items():
         ids, starts = zip(*pairs)
-        rows[name] = pad(ids, WIDTH if name in arms else widest), torch.tensor(starts)
+        rows[name] = pad(ids, WIDTH if name in ("known", "new") else widest), torch.tensor(starts)
     return Corpus(people, rows, exams)
 
 

@@ -20,8 +20,8 @@ p(name | facts) is not in its loss.
     python diffusion.py        print what goes into the model and, under each token, what it must predict
     python train.py --mode masked --mask_ratio uniform
 
-Shapes: tokens (B, T), padded on the right; starts (B,), where a row's text or answer starts: everything
-before it is given. In training, randomness comes from `generator` alone.
+Shapes: tokens (B, T), of documents or questions padded on the right; starts (B,), where a row's text or
+answer starts: everything before it is given. In training, randomness comes from `generator` alone.
 """
 from itertools import zip_longest
 from typing import Callable, NamedTuple
@@ -49,17 +49,19 @@ def content(tokens, starts):
 def corrupt(allowed, ratio, generator):
     """Choose which of the `allowed` (B, T) positions to hide. `ratio`: a name in RATIOS, or a share t.
 
-    Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses. With k of a row's L
-    tokens hidden each weighs 1 / k: the row's loss is M_k, the mean cross-entropy of the hidden ones. Why?
-    Reveal a text one token at a time, in random order. While k are hidden, each may be the next, so the next
-    one costs M_k on average. Over the whole text k goes from L down to 1:
+    Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses: 1 / k for each of the k
+    hidden tokens of a row, so that the row's loss is M_k, their mean cross-entropy. Why? Reveal a text one
+    token at a time, in random order. While k are hidden, each may be the next, so the next one costs M_k on
+    average. Over the whole text k goes from L down to 1:
 
-        mean over all orders of -log p(x)  =  sum over k of E[M_k]  =  L x mean over k of E[M_k]
+        mean over all orders of -log p(x)  =  E[M_L] + ... + E[M_1]  =  L x mean over k of E[M_k]
 
-    So with k drawn evenly from 1..L the loss is that, per token, and comparable with `ar`'s. (It bounds the
-    -log p(x) of the mixture of all orders: hence its name, negative ELBO.) The paper hides each token with
-    probability t and weighs it 1 / t (eq. 1; per token, 1 / (t L)). For t ~ U(0, 1) the mean is the same, but
-    a small t gives huge weights. The paper's t is in .05 .. .95: its loss is *not* the ELBO.
+    With k drawn evenly from 1..L one row estimates that mean: the loss per token, comparable with `ar`'s. (It
+    bounds the -log p(x) of the mixture of all orders: hence its name, negative ELBO.)
+
+    "paper" hides each token with probability t and weighs it 1 / (t L) (eq. 1, per token). With t ~ U(0, 1)
+    the mean would be the same, but a small t gives huge weights. The paper's t is in .05 .. .95: its loss is
+    *not* the ELBO.
     """
     B, T = allowed.shape
     u = torch.rand(B, 1, generator=generator)                           # (B, 1)
@@ -170,11 +172,10 @@ def decode_diffusion(model, tokens, places):
     tokens = tokens.scatter(1, places, MARKS.mask)
     at = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, True)
     for _ in range(places.size(1)):
-        # The best token of each place; of the places still masked the surest; that one is filled.
-        logits = logits_of_words(model, tokens, at).view(*places.shape, -1)  # (B, n, V)
-        confidence, best = logits.log_softmax(-1).max(-1)  # (B, n)
+        logits = logits_of_words(model, tokens, at).view(*places.shape, -1)  # (B, n, V): `at` goes row by row
+        confidence, best = logits.log_softmax(-1).max(-1)  # (B, n): the best token of each place
         filled = tokens.gather(1, places) != MARKS.mask  # (B, n)
-        surest = confidence.masked_fill(filled, -torch.inf).argmax(1, keepdim=True)  # (B, 1)
+        surest = confidence.masked_fill(filled, -torch.inf).argmax(1, keepdim=True)  # (B, 1): which place
         tokens = tokens.scatter(1, places.gather(1, surest), best.gather(1, surest))
         yield tokens
 
@@ -185,7 +186,7 @@ def decode_masked(model, tokens, places):
 
 
 def decode_random_prompt(model, tokens, places):
-    """The same after a prompt of random words, as in training; the same words for every row."""
+    """The same after a prompt of random words; the same words for every row."""
     words = random_words(tokens.shape[1:], torch.Generator().manual_seed(0)).to(tokens.device)  # (T,)
     text = content(tokens, torch.ones_like(places[:, 0]))  # starts of 1: all but the first mark
     return decode_ar(model, *with_response(torch.where(text, words, tokens), tokens, places))

@@ -42,24 +42,24 @@ DIRECTIONS = ("forward", "backward")    # name -> attribute, attributes -> name
 # The exam
 
 def fill(model, mode, rows, n):
-    """Fill the first n [mask]s of each row, a list of ids -> after each step, all rows as they are then.
-    Documents are filled as the mode decodes them, questions as its base does."""
+    """Fill the first n [mask]s of each of the rows, lists of ids, all documents or all questions; after each
+    step yield all rows. Documents are filled as the mode decodes them, questions as its base does."""
     documents = rows[0][0] == MARKS.doc
     decoder = MODES[mode if documents else MODES[mode].base].decode
-    tokens = pad(rows, WIDTH if documents else 0)  # a response stands where it stood in training
+    tokens = pad(rows, WIDTH if documents else 0)  # T as in training: it decides where a response begins
     places = torch.tensor([[i for i, token in enumerate(ids) if token == MARKS.mask][:n] for ids in rows])
     device = model.embed.weight.device
     for filled in decoder(model, tokens.to(device), places.to(device)):
-        now = filled[:, -tokens.size(1):].tolist()  # without the prompt, if there is one
-        yield [ids[:1] + row[1:len(ids)] for ids, row in zip(rows, now)]  # a response starts with [answer]
+        now = filled[:, -tokens.size(1):].tolist()  # the last T: without the prompt, if there is one
+        yield [ids[:1] + row[1:len(ids)] for ids, row in zip(rows, now)]  # [doc] for [answer]; no padding
 
 
 def answers(model, mode, items, batch=256):
-    """The rows (ids, start) of one exam -> truths and greedy answers, both lists of ids."""
+    """The rows (ids, start) of one exam -> truths (of a document, one value) and greedy answers, as ids."""
     truths = [[token for token in ids[start:] if token != MARKS.mask] for ids, start in items]
     hidden = [ids[:start] + [MARKS.mask] * (len(ids) - start) for ids, start in items]
     written = [None] * len(items)
-    for n in {len(truth) for truth in truths}:  # in documents, a date has three tokens, all else one
+    for n in {len(truth) for truth in truths}:  # a date: 3 tokens, other values: 1, a canvas: 4
         alike = [i for i, truth in enumerate(truths) if len(truth) == n]
         for first in range(0, len(alike), batch):
             part = alike[first:first + batch]
@@ -137,21 +137,20 @@ def differs(before, now):
 def group(results, over=None):
     """{folder: result} -> {label: runs that differ only in the seed (and the setting `over`)}. The label: the
     folder less its seed (and that setting) or, if taken, the folder and what differs."""
-    rows = {}  # label -> (settings, {(seed, value of `over`): result}), so that a copy of a run counts once
+    settings_of, runs = {}, {}  # label -> settings; label -> {(seed, value of `over`): result}
     for folder, result in results.items():
         settings = dict(result["settings"])
         seed, value = settings.pop("seed"), settings.pop(over, None)
-        label = folder.removesuffix(f"-seed{seed}")
-        if over:
-            label = label.replace(f"-{over}{value}", "")
-        same = [name for name, (other_settings, _) in rows.items() if other_settings == settings]
-        if same:
-            label = same[0]
-        elif label in rows:
-            label = f"{folder} ({differs(settings, rows[label][0])})"
-        _, runs = rows.setdefault(label, (settings, {}))
-        runs[seed, value] = result
-    return {label: list(runs.values()) for label, (_, runs) in rows.items()}
+        label = next((name for name in settings_of if settings_of[name] == settings), None)
+        if label is None:  # the first run with these settings
+            label = folder.removesuffix(f"-seed{seed}")
+            if over:
+                label = label.replace(f"-{over}{value}", "")
+            if label in settings_of:  # the folder of other settings
+                label = f"{folder} ({differs(settings, settings_of[label])})"
+            settings_of[label], runs[label] = settings, {}
+        runs[label][seed, value] = result  # so a copy of a run counts once
+    return {label: list(row.values()) for label, row in runs.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -237,7 +236,7 @@ def plot(results, over=None):
             parts.append(f'<path d="M0 {down(score)}h{width}" stroke="#ccc"/>')
         ends = []
         for (label, both), colour in zip(lines.items(), colours):
-            points = both[i].items()
+            points = both[i].items()  # (x, (mean, deviation))
             edge = lambda sign: [f"{across(x)},{down(mean + sign * error)}" for x, (mean, error) in points]
             band, line = " ".join(edge(1) + edge(-1)[::-1]), " ".join(edge(0))
             parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.2"/>')
@@ -246,7 +245,7 @@ def plot(results, over=None):
             ends.append((down(last), label, colour))
         y = height + 15
         for above, (end, label, colour) in reversed(list(enumerate(sorted(ends)))):  # the lowest label first
-            y = max(min(end, y - 15), 15 * above)  # above the last one, with room for those still to come
+            y = max(min(end, y - 15), 15 * above)  # above the last one; `above` labels still need room
             text(width + 6, round(y), html.escape(label), f'fill="{colour}" dy="4"')
         parts.append("</g>")
     whole = 100 + 2 * (width + room)

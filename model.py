@@ -117,10 +117,11 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the best 
 
 
 def recorded(function, device):
-    """On a CPU, `function` itself. On a GPU the same, but faster, as CUDA graphs: so small a model spends its
-    time in starting kernels, here all at once. The first call with tensors of some shapes records which
-    kernels run; each call copies its tensors to where the recording reads, and replays it. What the function
-    does may depend on shapes, but not on values; the next call overwrites what it returned."""
+    """On a CPU, `function` itself. On a GPU the same as CUDA graphs: one call starts all its kernels at once,
+    for starting them one by one takes most of so small a model's time. The first call with new shapes records
+    the kernels and the addresses where they read and write; each call copies its tensors there and replays
+    them. Then no Python of `function` runs, so it must not branch on values, and what it returned is
+    overwritten by the next call."""
     if device == "cpu":
         return function
     recordings = {}  # shapes -> (the graph, the tensors it reads, what it returns)

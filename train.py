@@ -35,7 +35,7 @@ SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 PRETRAINING = {  # what a base has in place of fine-tuning's flags; None: it does not depend on that
     "stage": "pretraining", "optimizer": "muon", "lr": 0.02, "embed_lr": 0.04, "decay": 1.0,
     "embed_decay": 0.0, "question_share": 0.16, "new_share": 0.0,
-    "paraphrases": None, "texts": None, "eval.py": None}
+    "paraphrases": None, "texts": None, "eval.py": None}  # the last: that file's fingerprint
 
 
 def train(run):
@@ -59,7 +59,7 @@ def train(run):
         total.backward()
         return total.detach()
 
-    backpropagate = recorded(backpropagate, settings.device)
+    backpropagate = recorded(backpropagate, settings.device)  # the same; on a GPU faster (model.py)
     losses = []
     with tqdm(total=settings.steps, initial=run.step, desc=settings.stage, unit="step",
               dynamic_ncols=True) as progress:
@@ -74,7 +74,7 @@ def train(run):
                 batch += base.objective(tokens, starts, base.ratio, run.mask_rng)
 
             # 2. one weighted cross-entropy and its gradients
-            losses.append(backpropagate(*batch).clone())
+            losses.append(backpropagate(*batch).clone())  # a copy: the next call may overwrite it
 
             # 3. one step of each optimizer
             for optimizer, peak in zip(run.optimizers, (settings.lr, settings.embed_lr)):
@@ -85,16 +85,18 @@ def train(run):
             # 4. what it cost; now and then an exam, a line in the log, a checkpoint
             run.step += 1
             last = run.step == settings.steps
+            examining = fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0)
             saving = last or run.step % SAVE_EVERY == 0
-            if saving:  # elsewhere nothing waits for a GPU
-                mean = sum(x.item() for x in losses) / len(losses)
-                losses = []
+            if examining or saving:
+                losses[-1].item()  # wait for a GPU, so that the clock is right; nothing else does
             run.seconds += time.perf_counter() - clock
             run.flops += sum(6 * model.size * inputs.numel() for inputs in batch[::3])  # an estimate
             progress.update()
-            if fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0):
+            if examining:
                 run.examine()
             if saving:
+                mean = sum(x.item() for x in losses) / len(losses)
+                losses = []
                 progress.set_postfix_str(f"loss {mean:.3f}", refresh=False)
                 run.save(mean)
 
@@ -135,8 +137,8 @@ class Muon(torch.optim.Optimizer):
             updates = []
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                updates.append(p.grad.lerp(momentum, 0.95))  # Nesterov's
+                momentum.lerp_(p.grad, 0.05)  # 0.95 of itself + 0.05 of the gradient
+                updates.append(p.grad.lerp(momentum, 0.95))  # the same mix once more: Nesterov's
             for p, update in zip(group["params"], self.orthogonal(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
@@ -250,7 +252,7 @@ def json_lines(dicts):
 
 
 # -----------------------------------------------------------------------------
-# The command line (about flags, names of folders and refusals: skip it at first)
+# The command line (flags, names of folders: at first, go on at `stages`)
 
 def between(kind, low, high):
     """An argparse type: a number of this kind (int or float) from low to high."""
@@ -387,8 +389,8 @@ def main():
     if args.pretrain_steps and not path.exists():
         base = Run(pretraining, args.base, corpus, model)
         base.resume()
-        train(base)  # which does nothing if the base was finished; its weights are now in `model`
-        run.log = base.log
+        train(base)  # which does nothing if the base was finished
+        run.log = base.log  # and its weights are in `model`: all that fine-tuning takes over
     run.resume()
     train(run)
 

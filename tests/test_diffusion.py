@@ -9,7 +9,7 @@ from conftest import generator
 from data import CANVAS, MARKS, decode, document_row, make_corpus, pad, question_row, words_of
 from diffusion import (MODES, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, picture,
                        random_prompt)
-from model import Transformer
+from model import DEVICES, Transformer
 
 M = MARKS
 
@@ -19,8 +19,6 @@ def rows(*items):
     ids, starts = zip(*(document_row(x) if isinstance(x, str) else question_row(*x) for x in items))
     return pad(ids), torch.tensor(starts)
 
-
-# -- corruption --------------------------------------------------------------
 
 def test_uniform_masking_hides_every_number_of_tokens_equally_often():
     """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false
@@ -41,8 +39,6 @@ def test_a_fixed_ratio_hides_its_share():
         assert hidden.sum(1).tolist() == [-(-percent * length // 100) for length in range(1, 49)]
         assert weights.sum(1).tolist() == pytest.approx([float(percent > 0)] * 48)
 
-
-# -- objectives --------------------------------------------------------------
 
 @pytest.mark.parametrize("base", ("ar", "diffusion"))
 def test_questions_are_scored_on_the_answer_alone(base):
@@ -83,11 +79,13 @@ def test_masked_keeps_rows_of_different_lengths_apart():
         assert targets[i][weights[i] > 0].tolist() == clean[1:] and not weights[i, :T].any()
 
 
-def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case():
+@pytest.mark.parametrize("name", DEVICES)
+def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case(name):
     """Two rows, logits log(1), log(2), log(5) at every position: p = 1/8, 2/8, 5/8."""
-    model = lambda tokens, at: torch.tensor([1.0, 2.0, 5.0]).log().expand(int(at.sum()), 3)
-    targets = torch.tensor([[2, 1, 0], [1, 1, 1]])
-    weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    logits = torch.tensor([1.0, 2.0, 5.0], device=name).log()
+    model = lambda tokens, at=None: logits.expand((*tokens.shape, 3) if at is None else (int(at.sum()), 3))
+    targets = torch.tensor([[2, 1, 0], [1, 1, 1]], device=name)
+    weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], device=name)
     by_hand = (0.5 * -math.log(5 / 8) + 0.5 * -math.log(2 / 8) + 1.0 * -math.log(2 / 8)) / 2
     assert loss(model, targets, targets, weights).item() == pytest.approx(by_hand, rel=1e-6)
 
@@ -112,8 +110,6 @@ def test_three_objectives_side_by_side():
                    "in    [answer] He     lives  in",
                    "asked He       lives  in     [end]"]}
 
-
-# -- the ELBO ----------------------------------------------------------------
 
 L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4
 MASKS = [hidden for k in range(1, L + 1) for hidden in itertools.combinations(range(L), k)]
@@ -218,8 +214,6 @@ def test_a_random_prompt_has_the_shape_of_masked_and_tells_nothing():
     prompt, other = (random_prompt(x, starts, None, generator())[0][:, :7] for x in (a, b))
     assert torch.equal(prompt, other) and (prompt[:, 1:] >= len(M)).all() and len(prompt.unique()) > 7
 
-
-# -- decoding ----------------------------------------------------------------
 
 def scripted(logits):
     """A model whose logits for (row, position) come from a function: lets a test decide every confidence."""

@@ -119,8 +119,6 @@ def test_chance_and_the_fixed_answer_are_computed():
     assert evaluation.chance(same)["fixed_forward"] == 1
 
 
-# -- tables ------------------------------------------------------------------
-
 def result(seed, score, **settings):
     """A result.json with the same score everywhere."""
     settings = {"mode": "ar", "lr": 0.02, "seed": seed} | settings
@@ -161,8 +159,6 @@ def test_a_damaged_result_ends_in_one_line(content, capfd):
     path.write_bytes(content)
     assert str(path) in refusal(capfd, evaluation, "--columns", "settings")
 
-
-# -- asking ------------------------------------------------------------------
 
 def test_blanks_are_masks_wherever_they_stand():
     """A text with [mask] is the row of that document with those words masked; any other text is a question
@@ -210,3 +206,4 @@ def test_curves_are_the_means_of_their_seeds(capfd):
     assert words.count("texts") == words.count("5") == 2  # the axis of each panel, and its last value
     for over in ("mode", "lr", "text"):
         assert over in refusal(capfd, evaluation, "--plot", "x.svg", "--over", over)
+    assert "forwrd" in refusal(capfd, evaluation, "--columns", "forwrd")  # a slip of the keyboard is no dash

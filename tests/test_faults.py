@@ -122,8 +122,6 @@ def test_what_a_person_can_mend_is_said_in_one_line(error, remedy, monkeypatch, 
             call(train, *TINY)
 
 
-# -- slips of the keyboard ---------------------------------------------------
-
 TRAIN = """
 --mode gpt | --mode AR | --mode | --paraphrases many | --known_paraphrases same | --mask_ratio 1.5
 --mask_ratio half | --mask_ratio nan | --known 0 | --known many | --known 1.5 | --known 900000 | --new 1e3
@@ -258,8 +256,3 @@ def test_show_prints_every_step_and_marks_the_newest_token(mode, runs, capsys):
     shown = capsys.readouterr().out
     assert shown.count("[doc]") == shown.split("[question]")[0].count(">") > 30
     assert shown.count("[question]") == CANVAS
-
-
-def test_a_column_that_no_run_has_is_refused(runs, capfd):
-    """A slip of the keyboard is no dash."""
-    assert "forwrd" in refusal(capfd, evaluation, "--columns", "forwrd")
