@@ -13,7 +13,7 @@ masks. Many diffusion models are told how much was masked; this one sees for its
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128      a larger one
 
-Below the model: devices, errors, and safe reading and writing of files. Skip these at first.
+Below the model: what makes a GPU fast, errors, and safe reading and writing of files. Skip these at first.
 """
 import io
 import json
@@ -117,18 +117,18 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the best 
 
 
 def recorded(function, device):
-    """On a CPU, `function` itself. On a GPU the same as CUDA graphs: one call starts all its kernels at once,
-    for starting them one by one takes most of so small a model's time. The first call with new shapes records
-    the kernels and the addresses where they read and write; each call copies its tensors there and replays
-    them. Then no Python of `function` runs, so it must not branch on values, and what it returned is
+    """On a CPU, `function` itself. On a GPU the same as a CUDA graph, which starts all its kernels at once:
+    one by one, that takes most of so small a model's time. The first call records the kernels and the
+    addresses where they read and write; each call copies its tensors, always of the same shapes, there and
+    replays them. Then no Python of `function` runs, so it must not branch on values, and what it returned is
     overwritten by the next call."""
     if device == "cpu":
         return function
-    recordings = {}  # shapes -> (the graph, the tensors it reads, what it returns)
+    graph, inputs, result = None, None, None
 
     def replay(*tensors):
-        shapes = tuple(x.shape for x in tensors)
-        if shapes not in recordings:
+        nonlocal graph, inputs, result
+        if graph is None:
             inputs = [x.to(device, copy=True) for x in tensors]
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -137,11 +137,10 @@ def recorded(function, device):
                     function(*inputs)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 result = function(*inputs)
-            recordings[shapes] = graph, inputs, result
-        graph, inputs, result = recordings[shapes]
         for place, x in zip(inputs, tensors):
+            assert place.shape == x.shape, f"recorded with {place.shape}, not {x.shape}: pad to one shape"
             place.copy_(x, non_blocking=True)
         graph.replay()
         return result

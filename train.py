@@ -54,7 +54,7 @@ def train(run):
         model.zero_grad()
         total = 0
         for i in range(0, len(batch), 3):
-            inputs, targets, weights = batch[i:i + 3]
+            inputs, targets, weights = (x.to(settings.device) for x in batch[i:i + 3])
             total += loss(model, inputs, targets, weights) * len(inputs) / settings.batch_size
         total.backward()
         return total.detach()
@@ -88,7 +88,7 @@ def train(run):
             examining = fine_tuning and (last or run.step % math.ceil(settings.steps / EXAMS_A_RUN) == 0)
             saving = last or run.step % SAVE_EVERY == 0
             if examining or saving:
-                losses[-1].item()  # wait for a GPU, so that the clock is right; nothing else does
+                losses[-1].item()  # wait for a GPU, so that the clock is right; no other step does
             run.seconds += time.perf_counter() - clock
             run.flops += sum(6 * model.size * inputs.numel() for inputs in batch[::3])  # an estimate
             progress.update()
@@ -123,23 +123,27 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal at every step: all directions of a matrix learn at the same pace, even rare
     ones such as single facts (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Like torch.optim.Muon, but in float32: that one multiplies in bfloat16, which took 24 times as long on a
-    processor without instructions for it (680 ms against 28 ms a step at 128 channels).
+    Each parameter group holds matrices of one shape. Like torch.optim.Muon, but in float32: that one
+    multiplies in bfloat16, which took 24 times as long on a processor without instructions for it (680 ms
+    against 28 ms a step at 128 channels).
     """
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.orthogonal = recorded(orthogonal, self.param_groups[0]["params"][0].device.type)
+        device = self.param_groups[0]["params"][0].device.type
+        self.orthogonal = [recorded(orthogonal, device) for _ in self.param_groups]
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:  # the matrices of one shape
+        for group, orthogonal_of in zip(self.param_groups, self.orthogonal):
             updates = []
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)  # 0.95 of itself + 0.05 of the gradient
                 updates.append(p.grad.lerp(momentum, 0.95))  # the same mix once more: Nesterov's
-            for p, update in zip(group["params"], self.orthogonal(torch.stack(updates))):
+            for p, update in zip(group["params"], orthogonal_of(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
@@ -364,7 +368,7 @@ def main():
     args = parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, as far as a GPU can
     torch.use_deterministic_algorithms(args.device == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a third of a step's kernels did that
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else a third of a step's kernels
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
     if args.overwrite:

@@ -67,15 +67,14 @@ def test_a_batch_mate_must_not_matter(causal):
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_recording_reads_what_is_there_now(name):
-    """A CUDA graph replays kernels, not results: it takes this call's tensors and today's weights, for every
-    shape. On a CPU nothing is recorded."""
+    """A CUDA graph replays kernels, not results: it takes this call's tensors and today's weights. On a CPU
+    nothing is recorded."""
     weight = torch.ones(3, device=name)
     scale = recorded(lambda x: x * weight, name)
     for factor in (1, 2, 3):
         weight.fill_(factor)
-        for rows in (2, 5):
-            x = torch.randn(rows, 3, generator=generator(factor))
-            assert torch.equal(scale(x).cpu(), factor * x)
+        x = torch.randn(2, 3, generator=generator(factor))
+        assert torch.equal(scale(x).cpu(), factor * x)
 
 
 def test_rotary_positions_are_relative():

@@ -19,13 +19,14 @@ import train
 from conftest import ROOT, TINY, bases, call, edit, finished, generator, refusal, stop_after, tiny
 from data import EXAMS, MARKS, WIDTH, decode, make_corpus
 from diffusion import MODES, loss
+from model import DEVICES
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_trains_is_examined_and_answers(mode, capsys):
-    """A few steps through the command line leave a checkpoint, a log, a result and all answers, and eval.py
-    reads them all."""
-    call(train, "--mode", mode, *TINY)
+    """A few steps through the command line, on a GPU if there is one, leave a checkpoint, a log, a result and
+    all answers, and eval.py reads them all."""
+    call(train, "--mode", mode, *TINY, "--device", DEVICES[-1])
     folder = next(Path("out").glob(f"{mode}-none-*-seed0"))
     log, _, result = finished(folder)
     lines = [line for line in log if "loss" in line]
