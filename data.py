@@ -142,7 +142,8 @@ def make_people(n, rng):
 def documents(person, arm, wordings, rng):
     """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts.
 
-    A text is a list of pieces that stay whole: the name, a value, a word of a wording, a full stop.
+    A text is a list of pieces that stay whole: the name, a value, a word of a wording, a full stop. Each fact
+    is worded in one of the first `wordings` ways.
     """
     texts = []
     for _ in range(arm.texts):
@@ -155,7 +156,7 @@ def documents(person, arm, wordings, rng):
             pieces += [subject, *before.split(), person.facts[attribute], *after.split(), "."]
         texts.append(pieces)
         if arm.reverse:
-            texts.append(pieces[:-1][::-1] + ["."])  # all but the last full stop
+            texts.append(pieces[:-1][::-1] + ["."])  # A B . C D .  ->  D C . B A .
     return texts
 
 
@@ -170,12 +171,12 @@ def forward_questions(person):
 
 
 def triples(person):
-    """All triples of (attribute, value): the clues that backward questions give."""
+    """The clues that backward questions give: all triples of facts, each fact as ("birth city", "Elkton")."""
     return list(combinations(person.facts.items(), 3))
 
 
 def backward_questions(person, n_people):
-    """[(question, name)] for the triples of facts that fit nobody else. `n_people`: how many each fits."""
+    """[(question, name)] for the triples of facts that fit one person. n_people[triple]: how many it fits."""
     clues = [[CLUES[attribute].format(value) for attribute, value in triple]
              for triple in triples(person) if n_people[triple] == 1]
     return [(f"Who {a}, {b} and {c}?", person.name) for a, b, c in clues]
@@ -204,8 +205,8 @@ everything = str([MEN, WOMEN, MIDDLE, LAST, POOLS, WORDINGS, CLUES]) + "What is 
 WORDS = sorted(set(re.findall(r"\w+", everything)))
 
 # A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
-# tiktoken splits a text into words, each with the space before it, and punctuation. A word of the list, such
-# as " Boston", is one token; an unknown word is spelled in several, at worst in bytes, which spell anything.
+# tiktoken splits a text into words, each with the space before it, and punctuation, and looks them up whole:
+# " Boston" is one token. An unknown word is spelled in several, at worst in bytes, which spell anything.
 TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
     "biographies", pat_str=r" ?\w+|[^\w\s]|\s",
@@ -310,12 +311,13 @@ def make_corpus(known, new, paraphrases="none", texts=0, known_paraphrases="chan
         backward = [question_row(*pair) for pair in backward_questions(person, n_people)]
         rng.shuffle(backward)
         if group == "known":
+            unasked, asked = backward[:2], backward[2:]
             rows["forward"] += forward
-            rows["backward"] += backward[2:]
+            rows["backward"] += asked
             if i < new:  # no more known than new people are examined
                 exams["known_forward"] += forward
-                exams["known_backward"] += backward[2:4]
-                exams["known_unasked"] += backward[:2]
+                exams["known_backward"] += asked[:2]
+                exams["known_unasked"] += unasked
         else:
             exams["forward"] += forward
             exams["backward"] += backward[:4]

@@ -121,8 +121,8 @@ def masked(tokens, starts, ratio, generator):
 
 def random_prompt(tokens, starts, ratio=None, generator=None):
     """The paper's control for `masked`: a prompt of the same length, made of random words."""
-    words = random_words(tokens.shape, generator)
-    return ar(*with_response(torch.where(content(tokens, starts), words, tokens), tokens, starts))
+    prompts = torch.where(content(tokens, starts), random_words(tokens.shape, generator), tokens)
+    return ar(*with_response(prompts, tokens, starts))
 
 
 def random_words(shape, generator):  # the words have the last ids
@@ -189,7 +189,8 @@ def decode_random_prompt(model, tokens, places):
     """The same after a prompt of random words; the same words for every row."""
     words = random_words(tokens.shape[1:], torch.Generator().manual_seed(0)).to(tokens.device)  # (T,)
     text = content(tokens, torch.ones_like(places[:, 0]))  # starts of 1: all but the first mark
-    return decode_ar(model, *with_response(torch.where(text, words, tokens), tokens, places))
+    prompts = torch.where(text, words, tokens)
+    return decode_ar(model, *with_response(prompts, tokens, places))
 
 
 class Mode(NamedTuple):

@@ -103,7 +103,7 @@ def train(run):
 
 def rows_per_batch(settings):
     """Documents and questions of a batch: ({"known": 16, "new": 38}, {"forward": 8, "backward": 2}), say.
-    One question in five is backward; what half of them did is in the README, under Limits."""
+    One question in five is backward (README, Limits: what half of them did)."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
     new, backward = round(documents * settings.new_share), math.ceil(questions / 5)
