@@ -10,6 +10,8 @@ import torch
 import data
 from data import ARMS, ATTRIBUTES, CLUES, MARKS, POOLS, WORDINGS, decode, encode, join, make_corpus
 
+N = len(ATTRIBUTES)
+
 
 def texts(rows):
     """The decoded rows, marks left out."""
@@ -51,8 +53,7 @@ def test_known_and_new_people_have_arms_of_their_own(flags, new_texts, name_firs
 
 
 def test_name_words_tell_which_part_of_a_name_they_are():
-    """First, middle and last names share no word with each other or with any value, so a name is never
-    ambiguous."""
+    """First, middle and last names share no word with each other or with any value: no name is ambiguous."""
     pools = [data.MEN + data.WOMEN, data.MIDDLE, data.LAST, *(" ".join(POOLS[a]).split() for a in ATTRIBUTES)]
     pools = [set(pool) for pool in pools]
     assert sum(map(len, pools)) == len(set().union(*pools))
@@ -67,9 +68,6 @@ def test_a_document_tells_all_facts_and_one_name(corpus):
             person = people[i * len(people) // len(written)]
             assert text.count(person.name) == 1
             assert all(re.search(rf"\b{value}\b", text) for value in person.facts.values())
-
-
-N = len(ATTRIBUTES)
 
 
 @pytest.mark.parametrize("arm, before_name, first_two", (
@@ -87,8 +85,7 @@ def test_only_two_arms_state_a_fact_before_the_name(arm, before_name, first_two)
 
 
 def test_reversed_texts_keep_names_and_values_whole():
-    """The second text of each pair has the words of the first in reverse order, but no name or date
-    backwards."""
+    """The second text of each pair has the words in reverse order, but no name or date backwards."""
     person = data.Person("Curtis Chase Emley", "He", {a: POOLS[a][0] for a in ATTRIBUTES})
     text, backwards = map(join, data.documents(person, ARMS["reversed"], 1, random.Random(0)))
     assert text.startswith("Curtis Chase Emley was born on 1 January 1940. He comes from Akron. He went to")

@@ -231,9 +231,8 @@ def test_diffusion_fills_the_most_confident_mask_first():
 
 
 def test_two_bits_that_differ_need_two_steps():
-    """XOR: each of two tokens is 10 or 11, never both the same. With both masked, 10 is likelier at
-    either place, so two tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11
-    or 11 10."""
+    """XOR: of two tokens one is 10, the other 11. With both masked, 10 is likelier at either place, so two
+    tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11 or 11 10."""
     def logits(tokens, b, t):
         other = int(tokens[b, 3 - t])  # the places are 1 and 2
         return torch.zeros(20).index_fill(0, torch.tensor(11 if other == 10 else 10), 3.0)
