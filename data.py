@@ -258,7 +258,7 @@ def before_value(person, pieces, value):
 
 
 def value_row(shown, value, length):
-    """For exams: [doc] shown value, then [mask]s up to a document's length, which hide what else it says."""
+    """For exams: [doc] shown value, then [mask]s for the rest of the document; it starts at the value."""
     given = [MARKS.doc, *encode(shown)]
     ids = given + encode(value)
     return ids + [MARKS.mask] * (length - len(ids)), len(given)

@@ -131,11 +131,11 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         device = self.param_groups[0]["params"][0].device.type
-        self.orthogonal = [recorded(orthogonal, device) for _ in self.param_groups]
+        self.orthogonalize = [recorded(orthogonal, device) for _ in self.param_groups]
 
     @torch.no_grad()
     def step(self):
-        for group, orthogonal_of in zip(self.param_groups, self.orthogonal):
+        for group, orthogonalize in zip(self.param_groups, self.orthogonalize):
             updates = []
             for p in group["params"]:
                 if not self.state[p]:
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)  # 0.95 of itself + 0.05 of the gradient
                 updates.append(p.grad.lerp(momentum, 0.95))  # the same mix once more: Nesterov's
-            for p, update in zip(group["params"], orthogonal_of(torch.stack(updates))):
+            for p, update in zip(group["params"], orthogonalize(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
@@ -368,7 +368,7 @@ def main():
     args = parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, as far as a GPU can
     torch.use_deterministic_algorithms(args.device == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else a third of a step's kernels
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling was a third of a step's kernels
     pretraining, finetuning = stages(args)
     path, finished = args.out_dir / "ckpt.pt", args.out_dir / "result.json"
     if args.overwrite:
