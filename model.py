@@ -33,17 +33,18 @@ def norm(x):
 
 
 def rotary(T, D, device):
-    """cos and sin of the angles position x frequency, each (T, D / 2). The RoPE paper (2104.09864 eq. 34)
-    rotates the channel pairs (2i, 2i + 1); we, like most code, rotate (i, i + D / 2)."""
+    """cos and signed sin of the angles position x frequency, (T, D / 2), twice side by side, (T, D)."""
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D / 2,)
     angle = torch.outer(torch.arange(T, device=device), frequency)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotate the channel pairs (i, i + D / 2) of x (..., T, D) by their position's angles."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotate the channel pairs (a, b) of x (..., T, D) by their position's angles: (a cos - b sin, b cos +
+    a sin). The RoPE paper (2104.09864 eq. 34) pairs channels 2i and 2i + 1; we, like most code, i and i + D/2,
+    so that a roll by half of D exchanges a and b."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class Block(nn.Module):

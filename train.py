@@ -136,14 +136,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group, orthogonalize in zip(self.param_groups, self.orthogonalize):
-            updates = []
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 0.05)  # 0.95 of itself + 0.05 of the gradient
-                updates.append(p.grad.lerp(momentum, 0.95))  # the same mix once more: Nesterov's
-            for p, update in zip(group["params"], orthogonalize(torch.stack(updates))):
+            matrices = group["params"]
+            gradients = torch.stack([p.grad for p in matrices])  # (n, rows, columns)
+            state = self.state[matrices[0]]  # that of all n, kept under the first
+            if not state:
+                state["momentum"] = torch.zeros_like(gradients)
+            momentum = state["momentum"].lerp_(gradients, 0.05)  # 0.95 of itself + 0.05 of the gradients
+            updates = orthogonalize(gradients.lerp(momentum, 0.95))  # the same mix once more: Nesterov's
+            for p, update in zip(matrices, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
