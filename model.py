@@ -33,7 +33,8 @@ def norm(x):
 
 
 def rotary(T, D, device):
-    """cos and signed sin of the angles position x frequency, (T, D / 2), twice side by side, (T, D)."""
+    """cos, and sin with the signs that `rotate` needs, of the angles position x frequency. Both channels of a
+    pair have the same angle, so each is (T, D)."""
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D / 2,)
     angle = torch.outer(torch.arange(T, device=device), frequency)
     cos, sin = angle.cos(), angle.sin()
