@@ -42,9 +42,9 @@ def rotary(T, D, device):
 
 
 def rotate(x, cos, sin):
-    """Rotate the channel pairs (a, b) of x (..., T, D) by their position's angles: (a cos - b sin, b cos +
-    a sin). The RoPE paper (2104.09864 eq. 34) pairs channels 2i and 2i + 1; we, like most code, i and i + D/2,
-    so that a roll by half of D exchanges a and b."""
+    """Rotate the channel pairs (a, b) of x (..., T, D) by their position's angles, to (a cos - b sin, b cos +
+    a sin). The RoPE paper (2104.09864 eq. 34) pairs channels 2i and 2i + 1; we, like most code, i and
+    i + D / 2, so that a roll by half of D exchanges a and b."""
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
