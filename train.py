@@ -288,8 +288,8 @@ def parse_args():
     add("--mask_ratio", type=name_or_share, default=argparse.SUPPRESS, help="how much is masked: a "
         f"share such as .5, or a name in RATIOS: {', '.join(RATIOS)} (default: what the mode has in MODES)")
     add = parser.add_argument_group("people").add_argument
-    add("--known", type=count, default=200, help="people in pretraining: raise with --pretrain_steps (and with "
-        "question_share in PRETRAINING: README, Scale)")
+    add("--known", type=count, default=200,
+        help="people in pretraining: raise with --pretrain_steps, and question_share in PRETRAINING")
     add("--new", type=count, default=100, help="people in fine-tuning: raise with --steps")
     add("--known_paraphrases", choices=ARMS, default="change_order", help="texts about a known person")
     add("--wordings", type=between(int, 1, 5), default=5, help="ways to word a fact: fewer is easier")
