@@ -301,7 +301,7 @@ def parse_args():
     add("--batch_size", type=between(int, 16, 10**6), default=64, help="rows a step: lower if out of memory")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="cuda where torch finds a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of matrix products: try bfloat16 for a larger model on a GPU")
+        help="of matrix products: try bfloat16 for a larger model on a GPU; on a CPU it was slower")
     add("--pretrain_steps", type=between(int, 0, 10**9), default=1000,
         help="raise with --known; 0 fine-tunes an untrained model")
     add = parser.add_argument_group("fine-tuning (pretraining: see PRETRAINING in train.py)").add_argument
