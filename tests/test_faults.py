@@ -133,7 +133,7 @@ TRAIN = """
 BAD = [(train, flags.split(), flags.split()[0]) for flags in TRAIN.strip().replace("\n", " | ").split(" | ")]
 BAD += [
     (train, ["extra"], "extra"), (train, ["--mode", "diffusion", "--mask_ratio", "0"], "--mask_ratio"),
-    (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"), (train, ["--out_dir", 201 * "x"], "long"),
+    (train, ["--mode", "ar", "--mask_ratio", ".5"], "--mask_ratio"), (train, ["--out_dir", 201 * "x"], "too"),
     (evaluation, [], "--mode masked"), (evaluation, ["out/no"], "out/no"),
     (evaluation, ["--ask", "Who?"], "one run"), (evaluation, ["--show"], "one run"),
     (evaluation, ["--best"], "--best"), (evaluation, ["a", "b"], "arguments: b"),
