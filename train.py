@@ -342,9 +342,10 @@ def parse_args():
     args.base = Path(f"out/base-{mode.base}{changed_of_base}-seed{args.seed}.pt")
     if "out_dir" not in args:
         args.out_dir = Path(f"out/{args.mode}-{args.paraphrases}{''.join(changed.values())}-seed{args.seed}")
-    if max(len(args.base.name), len(args.out_dir.name)) > 200:
-        parser.error("the name of the folder or of the base is too long: name a folder with --out_dir; if "
-                     "that does not help, change fewer flags")
+    if len(args.base.name) > 200:
+        parser.error("the name of the base is too long: change fewer flags")
+    if len(args.out_dir.name) > 200:
+        parser.error("the name of the run's folder is too long: name a shorter one with --out_dir")
     if args.out_dir.resolve() in (Path("out").resolve(), Path().resolve()):
         parser.error(f"--out_dir {args.out_dir}: name a folder for this run alone, such as out/mine")
     return args
