@@ -12,8 +12,6 @@ B rows in a batch, T tokens in a row, C channels, H heads of D = C / H channels,
 masks. Many diffusion models are told how much was masked; this one sees for itself how many masks there are.
 
     python train.py --n_layer 4 --n_head 4 --n_embd 128      a larger one
-
-Below the model: what makes a GPU fast, errors, and safe reading and writing of files. Skip these at first.
 """
 import io
 import json
@@ -33,22 +31,24 @@ def norm(x):
 
 
 def rotary(T, D, device):
-    """cos, and sin with the signs that `rotate` needs, of the angles position x frequency. Both channels of a
-    pair have the same angle, so each is (T, D)."""
+    """cos and sin (T, D) of the angles position x frequency; both channels of a pair have the same angle."""
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D / 2,)
-    angle = torch.outer(torch.arange(T, device=device), frequency)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angle = torch.outer(torch.arange(T, device=device), frequency).repeat(1, 2)  # (T, D)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Rotate the channel pairs (a, b) of x (..., T, D) by their position's angles, to (a cos - b sin, b cos +
     a sin). The RoPE paper (2104.09864 eq. 34) pairs channels 2i and 2i + 1; we, like most code, i and
-    i + D / 2, so that a roll by half of D exchanges a and b."""
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+    i + D / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 class Block(nn.Module):
+    """Attention, then an MLP; each adds to x (B, T, C). For dropout wrap one of the two: train.py has the
+    model in training mode in its steps and nowhere else, and a resumed run drops the same."""
+
     def __init__(self, n_head, n_embd):
         super().__init__()
         self.n_head = n_head
@@ -63,11 +63,10 @@ class Block(nn.Module):
 
     def attention(self, x, rope, visible):
         B, T, C = x.shape
-        H = self.n_head
-        heads = self.qkv(x).view(B, T, 3 * H, -1).transpose(1, 2)  # (B, 3H, T, D): queries, keys, values
-        qk, v = heads.split((2 * H, H), dim=1)
-        q, k = rotate(norm(qk), *rope).type_as(v).chunk(2, dim=1)  # autocast runs `norm` in float32
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # softmax(q k^T / sqrt(D)) v
+        heads = self.qkv(x).view(B, T, 3, self.n_head, -1).transpose(1, 3)  # (B, H, 3, T, D)
+        q, k, v = heads.unbind(2)                                           # (B, H, T, D) each
+        q, k = rotate(norm(q), *rope), rotate(norm(k), *rope)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)      # softmax(q k^T / sqrt(D)) v
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def mlp(self, x):
@@ -75,28 +74,31 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`causal`: does position t see only positions up to t? `dtype`: that of the matrix products; weights,
-    loss and optimizer stay float32. Weights are drawn on the CPU, so that a seed gives the same ones on any
-    machine; the output matrices of each block start at zero, so that it starts as the identity."""
+    """`causal`: does position t see only positions up to t? Read from `settings`: n_layer, n_head, n_embd,
+    seed and dtype, that of the matrix products; weights, loss and optimizer stay float32.
 
-    def __init__(self, causal, n_layer, n_head, n_embd, dtype="float32", seed=0, vocab_size=TOKENIZER.n_vocab,
-                 **_):  # callers may pass all settings of a run
+    Matrices are drawn on the CPU, so that a seed gives the same ones on any machine; the output matrices of
+    each block start at zero, so that it starts as the identity. Parameters that are no matrices (a norm's
+    gain, if you add one) keep the start that torch gives them.
+    """
+
+    def __init__(self, settings, causal):
         super().__init__()
-        self.causal, self.dtype, self.head_size = causal, dtype, n_embd // n_head
-        self.embed = nn.Embedding(vocab_size, n_embd)
-        self.blocks = nn.ModuleList(Block(n_head, n_embd) for _ in range(n_layer))
-        self.size = sum(weight.numel() for weight in self.parameters())  # how many numbers it learns
-        generator = torch.Generator().manual_seed(seed)
+        self.causal, self.dtype = causal, settings.dtype
+        self.head_size = settings.n_embd // settings.n_head
+        self.embed = nn.Embedding(TOKENIZER.n_vocab, settings.n_embd)
+        self.blocks = nn.ModuleList(Block(settings.n_head, settings.n_embd) for _ in range(settings.n_layer))
+        generator = torch.Generator().manual_seed(settings.seed)
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(weight)
-            else:
+            elif weight.dim() == 2:
                 std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02  # else: the embedding
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(self, tokens, at=None):
         """(B, T) int64 tokens -> (B, T, V) logits, or (S, V) for the S positions where `at` is true. Nothing
-        sees padding; if causal, nothing sees the future."""
+        sees padding, wherever in a row it stands; if causal, nothing sees the future."""
         T, device = tokens.size(1), tokens.device
         visible = (tokens != MARKS.pad)[:, None, None, :]  # (B, 1, 1, T): keys, for all queries
         if self.causal:
@@ -112,7 +114,7 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The machine, its user, its files
+# From here on: no idea of the paper; skip it at first. The machine, and safe reading and writing of files.
 
 # MPS is left out: bugs of its attention let queries see masked keys (pytorch issues 195910, 184180).
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the best comes last
@@ -132,12 +134,14 @@ def recorded(function, device):
         nonlocal graph, inputs, result
         if graph is None:
             inputs = [x.to(device, copy=True) for x in tensors]
+            chance = torch.cuda.get_rng_state()
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # the first calls set things up and must not be recorded
                 for _ in range(3):
                     function(*inputs)
             torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.set_rng_state(chance)  # what they drew at random is as if it had not been
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=aside):
                 result = function(*inputs)
@@ -147,37 +151,6 @@ def recorded(function, device):
         graph.replay()
         return result
     return replay
-
-
-RESUME = "saved work is safe: train.py resumes by the same command without --overwrite"
-
-
-class Stop(Exception):
-    """The program ends here, with one line for its user."""
-
-
-def one_line(main):
-    """Decorate a script's main(): an error that its user can fix ends in one line and exit code 2, as a wrong
-    flag does. Any other exception is a bug and keeps its traceback."""
-    def guarded():
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-            sys.stdout.reconfigure(errors="replace")  # some terminals cannot print the "█" of a bar
-        try:
-            return main()
-        except Stop as problem:
-            message = problem
-        except OSError as problem:
-            message = f"{problem}: mend it; {RESUME}"
-        except (MemoryError, RuntimeError) as problem:
-            no_memory = "allocate" in str(problem) or "out of memory" in str(problem)  # torch's words for it
-            if isinstance(problem, RuntimeError) and not no_memory:
-                raise
-            message = "out of memory: train with lower --batch_size, --n_embd, --n_layer or --known"
-        except KeyboardInterrupt:
-            message = f"stopped by Ctrl-C; {RESUME}"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    return guarded
 
 
 def write(path, content):
@@ -192,16 +165,17 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, needs):
-    """The dict in a .pt or .json file, which must have the keys in `needs`; nothing in it is executed."""
+def load(path):
+    """The dict in a .pt or .json file, or the list of them in a .jsonl; nothing in it is executed."""
     content = path.read_bytes()
     try:
-        saved = (json.loads(content) if path.suffix == ".json" else
-                 torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        lacks = [key for key in needs if key not in saved]
-        saved.get("settings", {"seed": 0})["seed"]  # settings are a dict with a seed
+        texts = content.splitlines() if path.suffix == ".jsonl" else [content]
+        if path.suffix == ".pt":
+            found = [torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)]
+        else:
+            found = [json.loads(text) for text in texts]
+        for saved in found:
+            saved["settings"]["seed"], saved["code"]  # what every file of ours has
+        return found if path.suffix == ".jsonl" else found[0]
     except Exception:  # there is no end to what a damaged file can raise
-        raise Stop(f"{path} cannot be read: if it is damaged, delete it and train again")
-    if lacks:
-        raise Stop(f"{path} lacks {', '.join(lacks)}: another version wrote it; move it away, then train")
-    return saved
+        sys.exit(f"{path} is damaged or of another program: move it away, then run the same command again")

@@ -1,25 +1,34 @@
-"""What the tests share: a folder of their own, a tiny run, and a way to call the scripts as people do."""
+"""What the tests share: a folder of their own, tiny settings, and a way to call the scripts as people do.
+
+Whatever needs train.py imports it when it runs: while you break one file, the tests of the others go on."""
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import train
-from diffusion import loss
-
 torch.set_num_threads(1)  # everything here is tiny: threads would only wait for each other
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--known", "6", "--new", "4", "--n_layer", "1", "--n_head", "1", "--n_embd", "16", "--batch_size",
-        "16", "--steps", "6", "--pretrain_steps", "4", "--device", "cpu", "--dtype", "float32"]
+SIZES = {"known": 6, "new": 4, "n_layer": 1, "n_head": 1, "n_embd": 16, "batch_size": 16, "steps": 6,
+         "pretrain_steps": 4, "device": "cpu",
+         "question_share": 0.16, "backward_share": 0.2, "new_share": 0.7}  # no test hangs on a tuned default
+TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, so that out/ is its own too."""
     monkeypatch.chdir(tmp_path)
+
+
+def settings(world="biographies", **changes):
+    """The defaults of a world in tiny sizes, but for what is given."""
+    import train
+    return replace(train.defaults(world), **SIZES | changes)
 
 
 def generator(seed=0):
@@ -32,41 +41,50 @@ def call(module, *arguments):
     module.main()
 
 
-def tiny(module, *arguments, folder="out/run"):
+def tiny(*arguments, folder="out/run"):
     """A tiny run of train.py in `folder`."""
-    call(module, *TINY, "--out_dir", folder, *arguments)
+    import train
+    call(train, *TINY, "--out_dir", folder, *arguments)
 
 
 def bases():
-    return list(Path("out").glob("base-*.pt"))
+    return sorted(Path("out").glob("base-*"))
 
 
 def unbroken(*arguments):
-    """The run that a broken one is compared with, in a/run; the broken one makes its base itself."""
-    tiny(train, *arguments, folder="a/run")
-    for base in bases():
-        base.unlink()
+    """The run that a broken one is compared with, its base in a/base; the broken one makes its own."""
+    tiny(*arguments, folder="a/run")
+    shutil.move(bases()[0], "a/base")
 
 
-def finished(folder):
-    """(log without clock times, weights, result) of a run."""
-    log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    for line in log:
-        line.pop("seconds")
-    weights = torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model"]
-    return log, weights, json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+def weights(folder):
+    return torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model"]
+
+
+def result_of(folder):
+    return json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+
+
+def log_of(folder):
+    """The lines of a log, without clock times."""
+    lines = map(json.loads, Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def assert_same_run(a, b):
-    """Two runs have the same log, clock times left out, and bit for bit the same weights."""
-    (log_a, weights_a, _), (log_b, weights_b, _) = finished(a), finished(b)
-    assert log_a == log_b and weights_a.keys() == weights_b.keys()
-    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+    """Two runs or bases have the same log, clock times left out, and bit for bit the same weights."""
+    assert log_of(a) == log_of(b) and same_weights(a, b)
 
 
 def stop_after(steps, monkeypatch, action):
     """Let `action` happen at call number `steps` of the loss, two a training step; returns the calls."""
-    real, calls = loss, []
+    import train
+    real, calls = train.loss, []
 
     def step(*arguments):
         calls.append(1)
@@ -77,17 +95,22 @@ def stop_after(steps, monkeypatch, action):
     return calls
 
 
-def edit(monkeypatch, name, code):
-    """Let every reader see the file `name` with `code` added."""
+def edit(monkeypatch, name, change=lambda text: text + "x = 1\n"):
+    """Let every reader see the file `name` of this project changed, by a line of code unless told."""
     real = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **kw: real(path, **kw) + code * (path.name == name))
+
+    def read_text(path, **how):
+        text = real(path, **how)
+        return change(text) if path == ROOT / name else text
+    monkeypatch.setattr(Path, "read_text", read_text)
 
 
 def refusal(capfd, module, *arguments):
-    """The one line on stderr with which a script refuses; it must exit with 2."""
+    """The one line with which a script refuses: argparse writes its own, with exit code 2; sys.exit("line")
+    lets Python write it, with exit code 1."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(module, *arguments)
-    error = capfd.readouterr().err.strip()
-    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
-    return error
+    said = capfd.readouterr().err.strip() if stop.value.code == 2 else stop.value.code
+    assert isinstance(said, str) and len(said.splitlines()) == 1, said
+    return said

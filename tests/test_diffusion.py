@@ -1,82 +1,100 @@
-"""The mathematics of the three objectives, each against an independent reference."""
+"""The mathematics of the objectives and decoders, each against an independent reference."""
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from conftest import generator
-from data import CANVAS, MARKS, decode, document_row, make_corpus, pad, question_row, words_of
-from diffusion import (MODES, corrupt, decode_ar, decode_diffusion, diffusion, loss, masked, picture,
-                       random_prompt)
+import diffusion as code
+from conftest import generator, settings
+from data import CANVAS, MARKS, decode, document_row, question_row, stack, words_of
+from diffusion import CAUSAL, MODES, corrupt, decode_ar, decode_diffusion, loss, masked, picture, ratio_of
 from model import DEVICES, Transformer
 
 M = MARKS
 
 
 def rows(*items):
-    """Tokens and starts of documents (str) and questions (pairs of str)."""
-    ids, starts = zip(*(document_row(x) if isinstance(x, str) else question_row(*x) for x in items))
-    return pad(ids), torch.tensor(starts)
+    """Tokens and what is learned of documents (str), with a given name (in a list), of questions (pairs)."""
+    return stack([question_row(*x) if isinstance(x, tuple) else document_row(*x, True) if isinstance(x, list)
+                  else document_row(x) for x in items])
+
+
+def objective(mode, ratio):
+    """The objective of a mode with that mask ratio, if it takes one."""
+    return MODES[mode].objective if ratio_of(mode) is None else partial(MODES[mode].objective, ratio=ratio)
 
 
 def test_uniform_masking_hides_every_number_of_tokens_equally_often():
     """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false
-    alarm once in 350,000 runs), and each position is hidden 3/5 of the time."""
-    allowed = torch.ones(20_000, 5, dtype=torch.bool)
-    hidden, _ = corrupt(allowed, "uniform", generator())
+    alarm once in 350,000 runs), and each position is hidden 3/5 of the time; a hidden token weighs 1 / k."""
+    hidden, weights = corrupt(torch.ones(20_000, 5, dtype=torch.bool), (0, 1), generator())
     shares = hidden.sum(1).bincount(minlength=6) / len(hidden)
     assert shares[0] == 0 and (shares[1:] - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / len(hidden))
     assert (hidden.double().mean(0) - 0.6).abs().max() < 5 * math.sqrt(0.6 * 0.4 / len(hidden))
+    torch.testing.assert_close(weights, hidden / hidden.sum(1, keepdim=True))
 
 
 def test_a_fixed_ratio_hides_its_share():
     """ceil(t L) tokens in every row, for every length up to 48 and every share of two digits, by whole
     numbers: so never none if t > 0, for a row with nothing to learn is a waste."""
-    allowed = torch.ones(48, 48, dtype=torch.bool).tril()  # a row of each length
+    learned = torch.ones(48, 48, dtype=torch.bool).tril()  # a row of each length
     for percent in range(101):
-        hidden, weights = corrupt(allowed, percent / 100, generator())
+        hidden, weights = corrupt(learned, (percent / 100, percent / 100), generator())
         assert hidden.sum(1).tolist() == [-(-percent * length // 100) for length in range(1, 49)]
         assert weights.sum(1).tolist() == pytest.approx([float(percent > 0)] * 48)
 
 
-@pytest.mark.parametrize("base", ("ar", "diffusion"))
-def test_questions_are_scored_on_the_answer_alone(base):
-    """Whatever the mode, a question is trained as the base was: loss on no word of it, but on the answer and
-    its ends, always four tokens: fewer would tell how long it is. Every row weighs the same."""
-    tokens, starts = rows(("Who lives in Oslo?", "Curtis Chase Emley"), ("Who went to Yale and Rome?", "Law"))
-    scored = torch.zeros_like(tokens, dtype=torch.bool)
-    for seed in range(20):  # diffusion scores what it masks
-        _, targets, weights = MODES[base].objective(tokens, starts, MODES[base].ratio, generator(seed))
-        scored[:, -weights.size(1):] |= weights > 0
-        assert weights.sum(1).tolist() == pytest.approx([1, 1])
-    assert [words_of(row[at].tolist()) for row, at in zip(tokens, scored)] == [
-        ["Curtis", "Chase", "Emley", "[end]"], ["Law", "[end]", "[end]", "[end]"]]
+@pytest.mark.parametrize("ratio", ((1.2, 1.2), (-0.1, -0.1), (0, 1.1), (-0.1, 1), (math.nan, math.nan)))
+def test_a_share_outside_of_0_to_1_is_refused(ratio):
+    """Else a schedule with a slip would train on, with all tokens hidden or none."""
+    with pytest.raises(AssertionError, match="0 .. 1"):
+        corrupt(torch.ones(1000, 5, dtype=torch.bool), ratio, generator())
 
 
+@pytest.mark.parametrize("ratio", (0.5, 1))
 @pytest.mark.parametrize("mode", MODES)
-def test_a_given_name_is_neither_hidden_nor_scored(mode):
-    """In the arm `name_given` every objective shows the name and asks for the rest of the text."""
-    corpus = make_corpus(known=3, new=1, paraphrases="name_given")
-    tokens, starts = corpus.rows["new"]
-    inputs, targets, weights = MODES[mode].objective(tokens, starts, 1.0, generator())
-    assert words_of(inputs[0, :4].tolist()) == ["[doc]", *corpus.people[3].name.split()]
-    rest = [token for token in tokens[0, 4:].tolist() if token != M.pad]
-    assert targets[0][weights[0] > 0].tolist() == rest
+def test_only_what_is_learned_is_hidden_or_scored(mode, ratio):
+    """By hand, [first, end) of rows of different lengths: [doc], a given name, a question's words and padding
+    are never hidden or scored. Of an answer all four tokens count, [end]s too, or their number would tell how
+    long it is. Every row weighs the same."""
+    tokens, learned = rows("He lives in Oslo.", "She moved to Rome and works for Sony.",
+                           ("Who went to Yale?", "Law"), ["Curtis Chase Emley lives in Oslo."])
+    T, scored = tokens.size(1), [set() for _ in tokens]
+    for seed in range(20):
+        inputs, targets, weights = objective(mode, (ratio, ratio))(tokens, learned, generator(seed))
+        for row, (first, end) in enumerate(((1, 7), (1, 11), (7, 11), (4, 9))):
+            hidden = (inputs[row, :T] == M.mask).nonzero()[:, 0].tolist()
+            assert set(hidden) <= set(range(first, end))
+            asked = (weights[row] > 0).nonzero()[:, 0]
+            assert len(asked) == (math.ceil((end - first) * ratio) if mode == "diffusion" else end - first)
+            assert weights[row].sum().item() == pytest.approx(1)
+            scored[row] |= set(targets[row, asked].tolist())
+    texts = [set(row[at].tolist()) for row, at in zip(tokens, learned)]
+    assert scored == texts and words_of(sorted(texts[2])) == ["[end]", "Law"]
+    assert M.pad not in set().union(*texts) and M.doc not in set().union(*texts)
 
 
-def test_masked_keeps_rows_of_different_lengths_apart():
-    """Each row is built from its own document: prompt, padding, then T tokens behind the prompt [answer], the
-    clean copy, padding; no token of another row, and no loss on the prompt."""
-    tokens, starts = rows("He lives in Oslo.", "She moved to Rome and works for Sony.")
-    inputs, targets, weights = masked(tokens, starts, 0.5, generator())
-    for i in (0, 1):
-        clean = [t for t in tokens[i].tolist() if t != M.pad]
-        n, T, row = len(clean), tokens.size(1), inputs[i].tolist()
-        assert all(a in (b, M.mask) for a, b in zip(row[:n], clean))
-        assert row[:n].count(M.mask) == math.ceil(0.5 * (n - 1))
-        assert set(row[n:T]) <= {M.pad} and row[T] == M.answer and row[T + 1:T + n - 1] == clean[1:-1]
-        assert targets[i][weights[i] > 0].tolist() == clean[1:] and not weights[i, :T].any()
+def test_a_random_prompt_is_made_by_one_rule_in_training_and_exam():
+    """Even where the name is given: behind [doc] a random word for every token of the document, its name and
+    its [end] too, and padding for padding; else the exam would test another task. The rest is as in `masked`.
+    It tells nothing: from one generator two documents have the same prompt."""
+    a, b = (rows([f"{name} lives in Oslo."], [f"{name} moved to Rome and works for Sony."])
+            for name in ("Curtis Chase Emley", "Alice Lane Doyle"))
+    (tokens, learned), T, seen = a, a[0].size(1), []
+    model = lambda tokens, at: seen.append(tokens) or torch.zeros(int(at.sum()), 6000)
+    list(code.decode_random_prompt(model, tokens, blanks(tokens, (6,), (6,))))
+    as_masked, trained = masked(*a, generator(), (0.5, 0.5)), code.random_prompt(*a, generator())
+    for inputs in (trained[0], seen[0]):
+        assert inputs[:, 0].eq(M.doc).all() and torch.equal(inputs[:, T], as_masked[0][:, T])
+        words = inputs[:, :T] >= code.TOKENIZER.n_vocab - len(code.WORDS)
+        assert torch.equal(words[:, 1:], tokens[:, 1:] != M.pad)
+        assert inputs[:, :T][tokens == M.pad].eq(M.pad).all()
+        assert not (inputs[:, :T] == tokens)[:, 1:4].any()  # no name is shown
+    assert torch.equal(trained[2], as_masked[2]) and torch.equal(trained[0][:, T:], as_masked[0][:, T:])
+    assert torch.equal(trained[0][:, :T], code.random_prompt(*b, generator())[0][:, :T])
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -93,13 +111,12 @@ def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case(name):
 def test_three_objectives_side_by_side():
     """`python diffusion.py` draws what each objective makes of a document. By hand, with everything masked;
     all that is asked weighs the same."""
-    tokens, starts = rows("He lives in")
+    tokens, learned = rows("He lives in")
     drawn = {}
     for mode in ("ar", "diffusion", "masked"):
-        objective = MODES[mode].objective
-        lines = picture(objective, document_row("He lives in"), 1.0, generator())
-        drawn[mode] = [line.strip() for line in lines]
-        weights = objective(tokens, starts, 1.0, generator())[2]
+        one = objective(mode, (1, 1))
+        drawn[mode] = [line.strip() for line in picture(one, document_row("He lives in"), generator())]
+        weights = one(tokens, learned, generator())[2]
         assert weights[weights > 0].tolist() == pytest.approx([1 / 4] * 4)
     assert drawn == {
         "ar": ["in    [doc] He    lives in",
@@ -141,22 +158,10 @@ def mean_over_masks(weight=lambda k: 1):
     return total / L
 
 
-def test_three_routes_to_the_elbo():
-    """-log p(X) when it is revealed token by token, the mean over all orders; the mean over masks of k
-    tokens, k ~ U{1..L}; and the integral of 1/t over Bernoulli masks, a beta function: one number."""
-    orders = [sum(nll(i, order[step:]) for step, i in enumerate(order))
-              for order in itertools.permutations(range(L))]
-    any_order = sum(orders) / len(orders) / L
-    beta = lambda k: math.gamma(k) * math.gamma(L - k + 1) / math.gamma(L + 1)  # int t^(k-1) (1-t)^(L-k) dt
-    integral = sum(beta(len(hidden)) * nll(i, hidden) for hidden in MASKS for i in hidden) / L
-    assert mean_over_masks() == pytest.approx(any_order, abs=1e-12)
-    assert integral == pytest.approx(any_order, abs=1e-12)
-
-
-def estimate(ratio, n=40_000):
+def estimate(ratio, n):
     """Mean and standard error of the training loss of `diffusion` for this model, over n corruptions of X."""
-    starts, first = torch.zeros(n, dtype=torch.int64), len(M)  # the ids below `first` are marks
-    inputs, targets, weights = diffusion(first + X.repeat(n, 1), starts, ratio, generator())
+    learned, first = torch.ones(n, L, dtype=torch.bool), len(M)  # the ids below `first` are marks
+    inputs, targets, weights = code.diffusion(first + X.repeat(n, 1), learned, generator(), ratio)
     seen, which = inputs.unique(dim=0, return_inverse=True)
     tables = torch.stack([log_p([None if v == M.mask else v - first for v in row]) for row in seen.tolist()])
     given = -tables[which].gather(2, targets[..., None] - first)[..., 0]
@@ -164,55 +169,37 @@ def estimate(ratio, n=40_000):
     return losses.mean().item(), losses.std().item() / math.sqrt(n)
 
 
-def papers_weight(k, length=L, steps=200_000):
-    """w_k = int_.05^.95 t^(k-1) (1-t)^(L-k) dt / (.9 beta(k)): with U(.05, .95) and 1 / (t L), what k hidden
-    tokens weigh against the ELBO."""
-    t = 0.05 + 0.9 * (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    log_beta = math.lgamma(k) + math.lgamma(length - k + 1) - math.lgamma(length + 1)
-    return ((k - 1) * t.log() + (length - k) * (1 - t).log() - log_beta).exp().mean().item()
+@pytest.mark.parametrize("ratio, w, n", (((0, 1), (1, 1, 1, 1), 40_000),
+                                         ((0.05, 0.95), (0.8 / 0.9, 1 / 0.9, 1 / 0.9, 0.8 / 0.9), 400_000)))
+def test_the_training_loss_estimates_the_elbo_if_every_k_is_as_likely(ratio, w, n):
+    """-log p(X) when it is revealed token by token, the mean over all orders, is the mean over masks of k
+    tokens, k ~ U{1..L}. The mean loss of n corruptions lies within 5 standard errors of that (a false alarm
+    once in 1.7 million seeds; the seed is fixed). With t in .05 .. .95, k = ceil(4 t) is 1 or 4 with
+    probability .2/.9 each, else .25/.9: another number, more than 5 standard errors away."""
+    any_order = [sum(nll(i, order[step:]) for step, i in enumerate(order))
+                 for order in itertools.permutations(range(L))]
+    elbo = sum(any_order) / len(any_order) / L
+    assert mean_over_masks() == pytest.approx(elbo, abs=1e-12)
+    mean, error = estimate(ratio, n)
+    assert abs(mean - mean_over_masks(lambda k: w[k - 1])) < 5 * error
+    assert (abs(mean - elbo) < 5 * error) == (ratio == (0, 1))
 
 
-def test_the_training_loss_estimates_the_elbo():
-    """The mean loss of 40,000 corruptions lies within 5 standard errors of the enumerated -ELBO per token (a
-    false alarm once in 1.7 million seeds; the seed is fixed), and further than that from what the paper's
-    ratio would give."""
-    mean, error = estimate("uniform")
-    assert abs(mean - mean_over_masks()) < 5 * error < abs(mean - mean_over_masks(papers_weight))
-
-
-def test_the_papers_mask_ratio_is_not_the_elbo():
-    """U(.05, .95) with 1 / (t L) weights k hidden tokens by w_k, not 1: at L = 60 by .051, 1.11 and .051 for
-    k = 1, 30, 60. The estimator follows that, more than 5 standard errors away from -ELBO."""
-    assert [papers_weight(k, 60) for k in (1, 30, 60)] == pytest.approx([0.051, 1.11, 0.051], rel=0.01)
-    mean, error = estimate("paper")
-    assert abs(mean - mean_over_masks(papers_weight)) < 5 * error < abs(mean - mean_over_masks())
-
-
-def test_at_mask_ratio_one_the_best_loss_is_the_entropy_of_each_position():
-    """Nothing is visible, so the best a model can do is the share of each token at its position, here 2/3 and
-    1/3: the loss is then their entropy, and a little to either side of them it is higher (Gibbs)."""
-    tokens, starts = torch.tensor([[10, 12], [10, 13], [11, 12]]), torch.zeros(3, dtype=torch.int64)
-
-    def value(p):
-        table = torch.zeros(2, 16)
-        table[[0, 0, 1, 1], [10, 11, 12, 13]] = torch.tensor([p, 1 - p, p, 1 - p])
-        model = lambda inputs, at: table.log().expand(3, 2, 16)[at]
-        return loss(model, *diffusion(tokens, starts, 1.0, generator())).item()
-    assert value(2 / 3) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
-    assert min(value(0.6), value(0.73)) > value(2 / 3)
-
-
-def test_a_random_prompt_has_the_shape_of_masked_and_tells_nothing():
-    """The control: scored and answered as `masked`, behind a prompt as long, but of random words: two
-    documents give the same prompt from the same generator, and no mark stands in it."""
-    a, starts = rows("He lives in Oslo.", "She moved to Rome.")  # of seven tokens each
-    b, _ = rows("He works for Sony.", "She went to Yale.")
-    inputs, targets, weights = random_prompt(a, starts, None, generator())
-    as_masked = masked(a, starts, 0.5, generator())
-    assert torch.equal(weights, as_masked[2]) and torch.equal(inputs[:, 7:], as_masked[0][:, 7:])
-    assert torch.equal(targets[weights > 0], as_masked[1][weights > 0])
-    prompt, other = (random_prompt(x, starts, None, generator())[0][:, :7] for x in (a, b))
-    assert torch.equal(prompt, other) and (prompt[:, 1:] >= len(M)).all() and len(prompt.unique()) > 7
+def test_causality_is_a_fact_of_the_base(monkeypatch):
+    """`masked` can use the base of `ar` since it asks the same of a model: the next token. So a mode names a
+    base, and only a base, which is its own, is causal or not. --mask_ratio is for whatever objective has a
+    parameter `ratio`, even one of yours."""
+    assert CAUSAL == {"ar": True, "diffusion": False}
+    for mode in MODES.values():
+        assert MODES[mode.base].base == mode.base
+        inputs, targets, weights = mode.objective(*rows("He lives in Oslo."), generator())
+        asked = (weights[0] > 0).nonzero()[:-1, 0]
+        seen = inputs[0, asked + 1] == targets[0, asked] if CAUSAL[mode.base] else inputs[0, asked] == M.mask
+        assert seen.all()  # a causal model is asked for what comes next
+    mine = MODES["ar"]._replace(objective=lambda tokens, learned, generator, ratio=(0.1, 0.2): None)
+    monkeypatch.setitem(MODES, "mine", mine)
+    assert {mode: ratio_of(mode) for mode in MODES} == {
+        "ar": None, "diffusion": (0, 1), "masked": (0.75, 0.75), "random_prompt": None, "mine": (0.1, 0.2)}
 
 
 def scripted(logits):
@@ -220,34 +207,58 @@ def scripted(logits):
     return lambda tokens, at: torch.stack([logits(tokens, int(b), int(t)) for b, t in at.nonzero()])
 
 
-def test_diffusion_fills_the_most_confident_mask_first():
-    """Confidences 1, 3, 2 at the positions of a canvas of three: they are revealed in the order 1, 2, 0."""
-    def logits(tokens, b, t):
-        return torch.zeros(20).index_fill(0, torch.tensor(10 + t), [1.0, 3.0, 2.0][t - 1])
-    tokens = torch.tensor([[M.question, M.end, M.end, M.end]])
-    steps = decode_diffusion(scripted(logits), tokens, torch.tensor([[1, 2, 3]]))
-    assert [rows[0, 1:].tolist() for rows in steps] == [
-        [M.mask, 12, M.mask], [M.mask, 12, 13], [11, 12, 13]]
+def one(token, logit=3.0):
+    """Logits that favour one token; the higher the logit the surer."""
+    return torch.zeros(60).index_fill(0, torch.tensor(token), logit)
+
+
+def blanks(tokens, *places):
+    """(B, T) bool, true at each row's places."""
+    blank = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, its in zip(blank, places):
+        row[list(its)] = True
+    return blank
 
 
 def test_two_bits_that_differ_need_two_steps():
     """XOR: of two tokens one is 10, the other 11. With both masked, 10 is likelier at either place, so two
     tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11 or 11 10."""
-    def logits(tokens, b, t):
-        other = int(tokens[b, 3 - t])  # the places are 1 and 2
-        return torch.zeros(20).index_fill(0, torch.tensor(11 if other == 10 else 10), 3.0)
-    tokens = torch.tensor([[M.question, M.end, M.end]])
-    *_, rows = decode_diffusion(scripted(logits), tokens, torch.tensor([[1, 2]]))
+    model = scripted(lambda tokens, b, t: one(11 if int(tokens[b, 3 - t]) == 10 else 10))
+    tokens = torch.tensor([[M.question, M.end, M.end]])  # the places are 1 and 2
+    *_, rows = decode_diffusion(model, tokens, blanks(tokens, (1, 2)))
     assert sorted(rows[0, 1:].tolist()) == [10, 11]
+
+
+def two(confidence):
+    return F.one_hot(confidence.topk(2, dim=1).indices, confidence.size(1)).sum(1).bool()
+
+
+def sure(confidence):
+    """At least one, and all that are surer than .9."""
+    return (confidence > 0.9) | (confidence == confidence.max(1, keepdim=True).values)
+
+
+@pytest.mark.parametrize("surest", (two, sure))
+def test_two_tokens_a_step_overwrite_nothing(surest, monkeypatch):
+    """Whoever changes `surest` need not care for full rows: with three blanks in a row, one or none, each is
+    written once and no other place ever, not even the first. The model writes 10 + t in the first step,
+    20 + t in the second, so what is written twice would show."""
+    monkeypatch.setattr(code, "surest", surest)
+    tokens = torch.tensor([[M.question, 99, 99, 99]] * 3)
+    model = scripted(lambda tokens, b, t: one({3: 10, 1: 20}[int((tokens[0] == M.mask).sum())] + t, 4.0 * t))
+    filled = list(decode_diffusion(model, tokens, blanks(tokens, (1, 2, 3), (2,), ())))
+    assert [rows[0, 1:].masked_fill(rows[0, 1:] == M.mask, 0).tolist() for rows in filled] == [
+        [0, 12, 13], [21, 12, 13]]
+    assert all(rows[:, 0].eq(M.question).all() for rows in filled)
+    assert all(rows[1:, 1:].tolist() == [[99, 12, 99], [99, 99, 99]] for rows in filled)
 
 
 @pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
 def test_a_mark_is_never_an_answer(decoder):
     """Even a model that would answer [pad], [mask] or [doc] everywhere must answer a word or the end."""
-    def logits(tokens, b, t):
-        return torch.arange(20.0, 0, -1)  # the lower the id the likelier: all marks come first
     tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])
-    *_, rows = decoder(scripted(logits), tokens, torch.tensor([[2, 3]]))
+    model = scripted(lambda tokens, b, t: torch.arange(20.0, 0, -1))  # the lower the id the likelier
+    *_, rows = decoder(model, tokens, blanks(tokens, (2, 3)))
     assert rows[0, 2:].tolist() == [M.end, M.end]
 
 
@@ -260,20 +271,19 @@ def test_each_mode_learns_one_batch_by_heart(mode):
     documents, questions = rows("Curtis Chase Emley lives in Oslo."), rows(*pairs)
     mode = MODES[mode]
     base = MODES[mode.base]
-    model = Transformer(n_layer=2, n_head=2, n_embd=32, causal=mode.causal)
+    model = Transformer(settings(n_layer=2, n_head=2, n_embd=32), CAUSAL[mode.base])
     optimizer, g = torch.optim.AdamW(model.parameters(), lr=5e-3), generator(1)
     for _ in range(300):
-        value = loss(model, *mode.objective(*documents, mode.ratio, g))
-        value += loss(model, *base.objective(*questions, base.ratio, g))
+        value = loss(model, *mode.objective(*documents, g)) + loss(model, *base.objective(*questions, g))
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-    asked, starts = rows(*((q, "") for q, _ in pairs))
-    places = starts[:, None] + torch.arange(CANVAS)
-    *_, answered = base.decode(model, asked, places)
-    assert [decode(ids) for ids in answered.gather(1, places).tolist()] == [answer for _, answer in pairs]
-    blank = documents[0].clone()
-    blank[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
-    *_, filled = mode.decode(model, blank, torch.tensor([[6]]))
+    asked, canvas = rows(*((q, "") for q, _ in pairs))  # all of the canvas is learned, and blank here
+    *_, answered = base.decode(model, asked, canvas)
+    answers = [decode(row[at].tolist()) for row, at in zip(answered, canvas)]
+    assert canvas.sum(1).eq(CANVAS).all() and answers == [answer for _, answer in pairs]
+    tokens = documents[0].clone()
+    tokens[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
+    *_, filled = mode.decode(model, tokens, blanks(tokens, (6,)))
     assert words_of([filled[0, -3]]) == ["Oslo"]
     assert value < 0.1

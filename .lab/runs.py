@@ -1,0 +1,110 @@
+"""
+All published runs: each line of ROWS with seeds 1, 2 and 3; what is finished is skipped, what was interrupted goes
+on. From the root of the repository:
+
+    python .lab/runs.py              everything, one run after the other, into out/
+    python .lab/runs.py 2 part 0     seed 2 alone, and of the rows a fourth: twelve processes can share a GPU
+    python .lab/runs.py 2 books      seed 2 alone, rows with "books"
+    python .lab/runs.py collect      out/*/result.json -> .lab/runs.jsonl
+
+`MODES` and `WORLDS` get the rows below, which are experiments and no part of the lesson.
+"""
+import json
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import diffusion
+from data import MARKS, WORLDS
+from diffusion import MODES, Mode, ar, corrupt, decode_ar, masked, with_response
+
+
+def scored_where(hidden_counts):
+    """`masked`, scored only where the prompt hides (or only where it shows)."""
+    def objective(tokens, learned, generator):
+        hidden, _ = corrupt(learned, (0.75, 0.75), generator)
+        places = learned & (hidden == hidden_counts)
+        return ar(*with_response(tokens.masked_fill(hidden, MARKS.mask), tokens, places))
+    return objective
+
+
+def with_doc(prompts, tokens, places):
+    """`with_response`, but the response opens with [doc], as any document does, and not with [answer]."""
+    import torch
+    return torch.cat((prompts, tokens), 1), torch.cat((torch.zeros_like(places), places), 1)
+
+
+def doc_mark(tokens, learned, generator, ratio=(0.75, 0.75)):
+    hidden, _ = corrupt(learned, ratio, generator)
+    return ar(*with_doc(tokens.masked_fill(hidden, MARKS.mask), tokens, learned))
+
+
+def decode_doc_mark(model, tokens, blank):
+    return decode_ar(model, *with_doc(tokens.masked_fill(blank, MARKS.mask), tokens, blank))
+
+
+MODES["masked_hidden"] = MODES["masked"]._replace(objective=scored_where(True))
+MODES["masked_shown"] = MODES["masked"]._replace(objective=scored_where(False))
+MODES["masked_doc_mark"] = Mode("the response opens with [doc]", doc_mark, "ar", decode_doc_mark)
+
+# Clues in words that no document has: documents use four of the five wordings (--wordings 4), clues the fifth.
+other = {name: a._replace(clue=a.name_first[4]) for name, a in WORLDS["biographies"].attributes.items()}
+WORLDS["other_clues"] = WORLDS["biographies"]._replace(attributes=other)
+
+ALONE = "--new_share 1 --question_share 0 --lr .0002 --embed_lr .0004 --forget 0 --embed_forget 0"
+PLAIN = "--known_paraphrases none"          # known people told in one text each
+ANYWHERE = "--known_paraphrases name_anywhere --texts 20"
+ALL = ("ar", "masked", "diffusion")
+ROWS = [f"--mode {mode} {flags}".strip() for modes, flags in (
+    # modes and arms
+    (ALL, ""), (ALL, "--paraphrases same_order"), (ALL, "--paraphrases change_order --texts 5"),
+    # the order of the text decides
+    *((ALL, f"--world books --paraphrases {arm}") for arm in ("none", "name_last", "both_orders")),
+    # cause
+    (("masked_hidden", "masked_shown", "random_prompt", "masked_doc_mark"), ""),
+    *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1", "0 1")),
+    (("masked", "diffusion"), "--paraphrases name_given"),
+    (("diffusion",), "--mask_ratio .15 .15"),
+    (("ar", "masked"), "--world other_clues --wordings 4"),
+    # how often new people are told, how richly known people
+    *((ALL, f"--paraphrases change_order --texts {texts}") for texts in (1, 2, 20)),
+    *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 20)),
+    # known people with the name anywhere
+    *((ALL, f"{ANYWHERE} --paraphrases {arm}") for arm in ("change_order", "name_anywhere")),
+    (("ar", "masked"), f"{ANYWHERE} --paraphrases name_last"),
+    # rivals without masks
+    (("ar",), "--paraphrases reversed"),
+    *((("ar", "masked"), f"--optimizer adamw --lr {lr}") for lr in (".0005", ".001", ".002", ".004")),
+    # documents alone; fewer and more steps
+    (ALL, ALONE), (("ar",), f"{ALONE} --paraphrases change_order --texts 5"),
+    *((("ar", "masked"), f"--steps {steps}") for steps in (250, 500, 2000)),
+) for mode in modes]
+
+
+def part_of(number, row):
+    """0 .. 3: rows with one base come into one part, but for the largest group."""
+    others = ("books", PLAIN, "name_anywhere", "other_clues")
+    return 2 if "diffusion" in row else 3 if any(word in row for word in others) else number % 2
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words == ["collect"]:
+        lines = [{"name": path.parent.name, **json.loads(path.read_text())}
+                 for path in sorted(Path("out").glob("*/result.json"))]
+        Path(".lab/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sys.exit(f"{len(lines)} runs")
+    import train
+    part = int(words.pop(words.index("part") + 1)) if "part" in words else None
+    seeds = [word for word in words if word.isdigit()] or ["1", "2", "3"]
+    wanted = [word for word in words if not word.isdigit() and word != "part"]
+    for row in [row for i, row in enumerate(ROWS) if part in (None, part_of(i, row))]:
+        for seed in seeds:
+            if all(word in row for word in wanted):
+                sys.argv[1:] = [*row.split(), "--seed", seed]
+                try:
+                    train.main()
+                except Exception:  # the next row may do
+                    traceback.print_exc()
