@@ -61,7 +61,8 @@ def corrupt(learned, ratio, generator):
     assert 0 <= t.min() and t.max() <= 1, "corrupt: a share t of tokens to hide must lie in 0 .. 1"
     L = learned.sum(1, keepdim=True)                                           # (B, 1)
     k = (t * L - 1e-4).ceil().long()  # (B, 1); a hair less, for .6 x 25 may be 15.000001
-    draws = torch.rand(learned.shape, generator=generator).masked_fill(~learned, 2)
+    draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)  # too fine for ties
+    draws = draws.masked_fill(~learned, 2)                                     # (B, T), the given comes last
     kth = draws.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))             # (B, 1), the k-th smallest
     hidden = learned & (draws <= kth) & (k > 0)                                # (B, T)
     return hidden, hidden / k.clamp(min=1)

@@ -185,7 +185,7 @@ def fingerprints():
     that has been imported a hash of its code. Comments, docstrings and blank lines do not count."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     paths = {Path(getattr(module, "__file__", None) or "").resolve() for module in list(sys.modules.values())}
-    for path in sorted(path for path in paths if path.parent == FILES):
+    for path in sorted(path for path in paths if path.parent == FILES and path.is_file()):
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -206,7 +206,8 @@ def differences(before, now):
 def results_at(path):
     """{name: result} of one run's folder, of a folder of runs, or of a file with a result a line."""
     if path.suffix == ".jsonl" and path.exists():
-        return {line["name"]: line for line in load(path)} or sys.exit(f"{path} is empty")
+        named = {line.get("name", f"line {i}"): line for i, line in enumerate(load(path), start=1)}
+        return named or sys.exit(f"{path} is empty")
     paths = [path / "result.json"] if (path / "result.json").exists() else sorted(path.glob("*/result.json"))
     if not paths:
         sys.exit(f"{path} holds no finished run: python train.py --mode masked makes one under out/")

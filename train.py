@@ -311,7 +311,8 @@ def parse_args():
         parser.error(f"--n_embd {settings.n_embd} is no multiple of twice --n_head {settings.n_head}: every "
                      "head needs an even number of channels")
     folder = folder or Path("out", name_of(settings, defaults(settings.world)))
-    if len(folder.name) > 200 or folder.resolve() in (Path("out").resolve(), Path().resolve()):
+    shared = Path("out").resolve(), Path().resolve()
+    if len(folder.name) > 200 or folder.is_file() or folder.resolve() in shared:
         parser.error("--out_dir: name a folder for this run alone, such as out/mine, of at most 200 letters")
     return settings, folder
 

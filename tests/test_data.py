@@ -197,8 +197,9 @@ def test_nobody_shares_a_name_or_all_facts(monkeypatch):
         monkeypatch.setattr(data, pool, names.split())
     fact = Attribute(list("ABCD"), [""], "", "")
     world = World({"one": fact, "two": fact}, "Who {}?", {})
-    people = data.make_people(8, world, random.Random(0))
-    assert len({person.name for person in people}) == len({str(person.facts) for person in people}) == 8
+    for seed in range(20):
+        people = data.make_people(8, world, random.Random(seed))
+        assert len({person.name for person in people}) == len({str(person.facts) for person in people}) == 8
     assert {person.pronoun for person in people if person.name.startswith("Zoe")} == {"She"}
     with pytest.raises(SystemExit, match="^9 people .* 16 [^\n]*$"):
         data.make_people(9, world, random.Random(0))

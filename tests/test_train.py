@@ -38,10 +38,12 @@ def tokens_a_step(mode, seed=0):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_trains_is_examined_and_answers(mode, capsys):
+def test_each_mode_trains_is_examined_and_answers(mode, monkeypatch, capsys):
     """A few steps through the command line, on a GPU if there is one, leave a checkpoint, a log, a result and
     all answers, and eval.py reads them all. Exams within the run ask questions alone, the last one all, and
     its scores count. FLOPs: 6 a parameter and token. Run and base are causal if the mode's base is."""
+    made, real = [], train.Transformer
+    monkeypatch.setattr(train, "Transformer", lambda *shape: made.append(real(*shape)) or made[-1])
     call(train, "--mode", mode, *TINY, "--n_layer", "2", "--seed", "2", "--device", DEVICES[-1])
     folder = next(Path("out").glob(f"{mode}-none-*-seed2"))
     result, table = result_of(folder), capsys.readouterr().out
@@ -64,7 +66,7 @@ def test_each_mode_trains_is_examined_and_answers(mode, capsys):
         assert shown in out and (shown != "known people" or out in table)
     for place in (folder, bases()[0]):
         saved_mode, corpus, model = evaluation.reopen(place)
-        assert model.causal == (mode != "diffusion") == CAUSAL[MODES[saved_mode].base]
+        assert model.causal == made[0].causal == (mode != "diffusion") == CAUSAL[MODES[saved_mode].base]
         assert len(model.blocks) == 2 and corpus.people == make_corpus(settings(seed=2)).people
 
 
@@ -339,9 +341,14 @@ def test_the_tour_names_what_there_is():
 
 @pytest.mark.parametrize("script", ("data.py", "diffusion.py", "train.py --help", "eval.py --help",
                                     f"train.py {' '.join(TINY)}"))
-def test_scripts_start_from_a_shell(script):
-    """As a child process, from another folder, with output that is no terminal and can only show ASCII."""
+@pytest.mark.parametrize("inside", (True, False))
+def test_scripts_start_from_a_shell(script, inside):
+    """As a child process, from another folder or, as most people do, from their own (a copy, for out/ lands
+    there), with output that is no terminal and can only show ASCII."""
     name, *flags = script.split()
-    done = subprocess.run([sys.executable, str(ROOT / name), *flags], capture_output=True, encoding="ascii",
+    for file in ROOT.glob("*.py") if inside else ():
+        shutil.copy(file, ".")
+    path = name if inside else str(ROOT / name)
+    done = subprocess.run([sys.executable, path, *flags], capture_output=True, encoding="ascii",
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and len(done.stdout) > 200, done.stderr
