@@ -141,7 +141,7 @@ ARMS = {  # the first three as in the paper
     "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
     "name_anywhere": Arm("as change_order, name in any sentence", 5, change_order=True, name=("anywhere",)),
     "name_last": Arm("one text that ends with the name", change_order=True, name=("last",)),
-    "both_orders": Arm("one text with the name first, one with it last", 2, True, ("first", "last")),
+    "both_orders": Arm("two texts: name first, name last", 2, change_order=True, name=("first", "last")),
     "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
     "name_given": Arm("one text; its name is always shown, never masked or scored", name_given=True),
 }
@@ -174,7 +174,8 @@ def make_people(n, world, rng):
 def documents(person, arm, world, wordings, rng):
     """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts.
 
-    A text is a list of sentences, each with its attribute and its pieces, which stay whole in every arm:
+    A text is a list of sentences, each with its attribute and its pieces, which stay whole in every arm (a
+    reversed text is one sentence, without an attribute):
 
         [("birth city", ["He", "comes", "from", "Elkton", "."]), ...]
 
@@ -417,6 +418,9 @@ def make_corpus(settings):
     tensors = {name: stack(group, width if name in arms else widest) for name, group in rows.items()}
     return Corpus(world, width, settings.known, people, tensors, exams)
 
+
+# -----------------------------------------------------------------------------
+# From here on: no idea of the paper; skip it at first. What an entry must keep to, and a look at it all.
 
 def check(world):
     """End with a line that names the entry if one does not keep to what `Attribute` asks for."""

@@ -5,9 +5,9 @@ Corruption, the objectives, the loss they share, and the decoders.
 scored. What goes in, and under each token what is asked there (both halves are padded to one length, not
 shown here):
 
-    in    [doc]    [mask] [mask] [mask] comes from   Elkton [mask] [mask]
-    in    [answer] Curtis Chase  Emley  comes from   Elkton .
-    asked Curtis   Chase  Emley  comes from  Elkton .      [end]
+    in    [doc]    [mask] [mask] [mask] [mask] from   Elkton [mask] [mask]
+    in    [answer] Curtis Chase  Emley  comes  from   Elkton .
+    asked Curtis   Chase  Emley  comes  from   Elkton .      [end]
 
 An objective maps clean documents to (inputs, targets, weights). Let x be the L tokens of a document (after
 [doc], and with its [end]), h the set of the k hidden positions, and x' the same with [mask] at those:
@@ -53,8 +53,8 @@ def corrupt(learned, ratio, generator):
         mean over all orders of -log p(x)  =  E[M_L] + ... + E[M_1]  =  L x mean over k of E[M_k]
 
     With k drawn evenly from 1..L, which is `ratio` (0, 1), one row estimates that mean: the loss per token,
-    comparable with `ar`'s. (It bounds the -log p(x) of the mixture of all orders: hence its name, negative
-    ELBO.) The paper's t is in .05 .. .95, weighted 1/t (eq. 1): that, or (.05, .95) here, is *not* the ELBO.
+    comparable with `ar`'s. (This is the negative ELBO: it bounds -log p(x) of the mixture of all orders.)
+    The paper's t is in .05 .. .95, weighted 1/t (eq. 1): that, or (.05, .95) here, is *not* the ELBO.
     """
     low, high = ratio
     t = low + (high - low) * torch.rand(len(learned), 1, generator=generator)  # (B, 1); a schedule goes here
@@ -72,7 +72,8 @@ def corrupt(learned, ratio, generator):
 # Objectives: (tokens, learned, generator[, ratio]) -> inputs, targets, weights
 #
 # `tokens` are documents or questions; of a question only its answer is learned. (Questions only meet `ar` and
-# `diffusion`, the objectives of the two bases: see `Mode`.) One with a `ratio` obeys --mask_ratio.
+# `diffusion`, the objectives of the two bases: see `Mode`.) --mask_ratio is for documents, and for objectives
+# with a `ratio`; questions keep the default.
 
 def ar(tokens, learned, generator=None):
     """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over what is learned of each row."""
@@ -160,8 +161,8 @@ def decode_ar(model, tokens, blank):
 
 
 def surest(confidence):
-    """(B, T) -> bool: in each row the one place where the model is surest. For two a step, or all that are
-    surer than .9, change this line: `decode_diffusion` fills no place twice."""
+    """(B, T) -> bool: in each row the one place where the model is surest. For two a step, or, with
+    `| (confidence > .9)`, for all that are surer than .9, change this line: no place is filled twice."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 

@@ -37,7 +37,7 @@ from data import (CANVAS, EXAMS, MARKS, TOKENIZER, WORDS, Row, decode, encode, f
 from diffusion import CAUSAL, MODES, logits_of_words, ratio_of
 from model import DEVICES, Transformer, load, write
 
-PROBED = 30     # new people whose name is looked for in what a model knows but cannot say
+PROBED = 30     # new people whom `bayes` asks about
 
 # -----------------------------------------------------------------------------
 # The exam
@@ -65,9 +65,9 @@ def answer(model, mode, items, width, batch=256):
         part = items[first:first + batch]
         places = [range(len(item.given), len(item.given) + len(item.truth)) for item in part]
         rows = [item.given + [MARKS.mask] * item.blanks for item in part]
-        for rows in fill(model, mode, rows, [list(p) for p in places], width):
+        for filled in fill(model, mode, rows, [list(p) for p in places], width):
             pass  # to the last step
-        answers += [[row[i] for i in p] for row, p in zip(rows, places)]
+        answers += [[row[i] for i in p] for row, p in zip(filled, places)]
     return answers
 
 
@@ -101,11 +101,12 @@ def split(answers, key):
 def log_p(model, mode, given, answers):
     """log p(answer | question) -> (M, N), for M questions (`given` of their rows) and N answers, texts of
     equally many tokens. A causal model has p(token | question, tokens before it); `diffusion` is asked in one
-    shot for all tokens, each without the others, so its product is not the probability of the whole."""
+    shot for all tokens, each without the others, so its product is not the probability of the whole. [end]s
+    are not counted."""
     base = MODES[mode].base
     hide_all = {} if ratio_of(base) is None else {"ratio": (1, 1)}
     ids = [encode(text) for text in answers]
-    shared = defaultdict(list)  # answers that differ in the last token alone are read off the same rows
+    shared = defaultdict(list)  # answers whose tokens have the same given are read off the same rows
     for j, tokens in enumerate(ids):
         shared[tuple(tokens[:-1]) if CAUSAL[base] else ()].append(j)
     table = torch.zeros(len(given), len(answers))
@@ -126,7 +127,7 @@ def bayes(model, mode, corpus):
     A name can be found without ever being said. Let all people be equally likely before; then Bayes' rule
     turns the *forward* direction round:
 
-        p(person | clues)  ~  product over the clues of  p(value | "What is the attribute of person?")
+        p(person | clues)  is proportional to  the product of  p(value | "What is the attribute of person?")
 
     -> scores. bayes: how often the right person is the best of all people by that; bayes_new: of the new.
     rank, rank_new: the median rank of the right name by p(name | backward question), 1 being the best.
@@ -150,8 +151,9 @@ def bayes(model, mode, corpus):
     right = torch.tensor([[people.index(item.person)] for item in items])  # (items, 1)
 
     def rank(table, first):
-        """(items,) ranks of the right people among people[first:]"""
-        return 1.0 + (table[:, first:] > table.gather(1, right)).sum(1)
+        """(items,) ranks of the right people among people[first:]; who is as likely counts half"""
+        table, own = table[:, first:], table.gather(1, right)
+        return 0.5 + (table > own).sum(1) + (table == own).sum(1) / 2
     scores = {}
     for among, first in (("", 0), ("_new", corpus.known)):
         scores[f"bayes{among}"] = (rank(by_facts, first) == 1).double().mean().item()
@@ -189,7 +191,7 @@ def fingerprints():
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                node.body[0] = ast.Pass()
+                node.body = node.body[1:]
         found[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
     return found
 
@@ -235,18 +237,15 @@ def group(results, over=None):
 def report(scores):
     """The table at the end of a run: new people, rung by rung, then known people; after and before."""
     lines = [f"{'exact match':<47}items  after              before  chance"]
-    shown = set()
-    for who, name, label in (
-            ("new people", "recite", "recite: their own document"),
-            ("new people", "cloze", "cloze: the name, a fact's words"),
-            ("new people", "forward", "question, name -> attribute"),
-            ("new people", "backward", "question, attributes -> name"),
-            ("known people", "known_forward", "question, name -> attribute"),
-            ("known people", "known_backward", "question, attributes -> name"),
-            ("known people", "known_unasked", "the same, not in training")):
+    for name, label in (
+            ("recite", "new people: recite their own document"),
+            ("cloze", "new people: cloze, the name and a fact's words"),
+            ("forward", "new people: question, name -> attribute"),
+            ("backward", "new people: question, attributes -> name"),
+            ("known_forward", "known people: question, name -> attribute"),
+            ("known_backward", "known people: question, attributes -> name"),
+            ("known_unasked", "known people: the same, not in training")):
         if name in scores:
-            label = f"{'' if who in shown else who:<14}{label}"
-            shown.add(who)
             before = scores.get("exams", [{}])[0].get(name)
             before = "    " if before is None else f"{before:.2f}"
             luck = scores["chance_backward" if name.endswith(("backward", "unasked")) else "chance_forward"]

@@ -15,7 +15,7 @@ and a bidirectional one, serve all arms. A mode is one row of `MODES` (diffusion
     optimizer.step()
 
 Same command, same code: a finished run prints its result, an interrupted one goes on. Other code or settings:
-the run before moves aside, and `python eval.py` shows both.
+the run before moves aside, and `python eval.py` shows both, if both are finished.
 """
 import argparse
 import io
@@ -37,7 +37,7 @@ from diffusion import CAUSAL, MODES, loss, ratio_of
 from eval import bayes, chance, differences, exam, fingerprints, report
 from model import DEVICES, Transformer, load, recorded, write
 
-EXAMS_A_RUN = 5     # during fine-tuning, besides one before it
+EXAMS_A_RUN = 5     # at most, during fine-tuning, besides one before it
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 
 
@@ -192,11 +192,12 @@ def make_optimizers(model, settings):
     """Who learns how, but for what is frozen: matrices in blocks by Muon (or AdamW) at `lr`, the embedding by
     AdamW at `embed_lr`, and what is no matrix, such as a norm's gain, by AdamW at `lr`, without decay.
 
-    However many steps a run has, decay takes what gets no gradient to exp(-forget) of its start."""
+    However many steps a run has (but for very few), decay takes what gets no gradient to exp(-forget) of its
+    start."""
     rates = sum(schedule(step, settings.steps) for step in range(settings.steps))  # summed, of a peak of 1
 
     def group(parameters, peak, forget):
-        decay = forget / (peak * rates) if peak else 0
+        decay = min(forget / rates, 1) / peak if peak else 0
         return {"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
     of_shape, embedding, vectors = {}, [], []
     for name, p in model.named_parameters():
@@ -236,8 +237,8 @@ class Settings:
     mode: str = flag("masked", f"the objective. {rows_of(MODES)}", choices=list(MODES))
     paraphrases: str = flag("none", f"texts about a new person. {rows_of(ARMS)}", choices=list(ARMS))
     texts: int = flag(0, "texts about a new person; 0: as many as --paraphrases has", 0, 100)
-    mask_ratio: list = flag(None, "the share of tokens to hide is drawn between these two (default: what the "
-                            "objective has)", 0.0, 1.0, nargs=2, metavar=("LOW", "HIGH"))
+    mask_ratio: list = flag(None, "a document's share of hidden tokens is drawn between these; None: what "
+                            "the objective has", 0.0, 1.0, nargs=2, metavar=("LOW", "HIGH"))
     world: str = flag("biographies", "what people are like; has defaults of its own", choices=list(WORLDS))
     known: int = flag(200, "people in pretraining: raise with --pretrain_steps", 1, 10_000)
     new: int = flag(100, "people in fine-tuning: raise with --steps", 1, 10_000)
@@ -263,7 +264,7 @@ class Settings:
     new_share: float = flag(0.8, "share of the documents that are about new people", 0.0, 1.0)
 
 
-PRETRAINING = {  # what a base has in place of fine-tuning's settings: it starts from nothing, so it is faster
+PRETRAINING = {  # what a base has in place of fine-tuning's settings, such as ten times the rate
     "paraphrases": "none", "texts": 0, "mask_ratio": None, "optimizer": "muon", "lr": 0.02, "embed_lr": 0.04,
     "forget": 10.0, "embed_forget": 0.0, "question_share": 0.5, "new_share": 0.0, "pretrain_steps": 0}
 
@@ -311,8 +312,8 @@ def parse_args():
         parser.error(f"--n_embd {settings.n_embd} is no multiple of twice --n_head {settings.n_head}: every "
                      "head needs an even number of channels")
     folder = folder or Path("out", name_of(settings, defaults(settings.world)))
-    shared = Path("out").resolve(), Path().resolve()
-    if len(folder.name) > 200 or folder.is_file() or folder.resolve() in shared:
+    here, place = Path().resolve(), folder.resolve()
+    if len(folder.name) > 200 or folder.is_file() or here.is_relative_to(place) or place == here / "out":
         parser.error("--out_dir: name a folder for this run alone, such as out/mine, of at most 200 letters")
     return settings, folder
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from conftest import call, edit, generator, refusal, settings
+from conftest import ROOT, call, edit, generator, refusal, settings
 from data import CANVAS, EXAMS, MARKS, decode, encode, make_corpus, question_row
 from diffusion import CAUSAL, MODES, decode_ar, decode_diffusion, random_words
 from model import Transformer
@@ -177,16 +177,16 @@ def test_chance_and_the_fixed_answer_are_computed():
 @pytest.mark.parametrize("arm", ("none", "name_anywhere", "name_last"))
 def test_the_report_says_how_many_items_each_exam_has(arm, monkeypatch):
     """recite asks only for what stands behind the name, so with the name anywhere it has fewer items, which
-    must be seen; with the name last it has none, and no line. The first line says whom it is about."""
+    must be seen; with the name last it has none, and no line."""
     corpus = make_corpus(settings(known=6, new=4, paraphrases=arm))
     scores, _ = examine(monkeypatch, lambda item: item.truth, corpus)
     _, *lines = evaluation.report(scores | evaluation.chance(corpus)).splitlines()
-    counts = {line[14:20].strip(": "): int(line[47:52]) for line in lines}
+    counts = {line.split()[2].strip(","): int(line[47:52]) for line in lines if line.startswith("new people:")}
     behind = 0
     for person, row in zip(corpus.people[6:], corpus.rows["new"][0][::5 if arm == "name_anywhere" else 1]):
         text = decode(row[1:].tolist())
         behind += sum(text.index(value) > text.index(person.name) for value in person.facts.values())
-    assert (counts.get("recite", 0), counts["cloze"]) == (behind, 24) and lines[0].startswith("new people")
+    assert (counts.get("recite", 0), counts["cloze"]) == (behind, 24)
     assert {"none": behind == 24, "name_anywhere": 4 <= behind < 24, "name_last": behind == 0}[arm]
 
 
@@ -258,3 +258,24 @@ def test_curves_are_the_means_of_their_seeds(capfd):
         assert over in refusal(capfd, evaluation, "--plot", "x.svg", "--over", over)
     tables = [call(evaluation, path) or capfd.readouterr().out for path in ("out", "mine.jsonl")]
     assert tables[0] == tables[1] and "0.600±0.283" in tables[0]
+
+
+def test_every_figure_of_the_readme_is_in_the_runs():
+    """Each cell of a table whose row begins with the name of a run is what `python eval.py .lab/runs.jsonl`
+    prints there, and each figure of three decimals in the prose stands in one of those tables."""
+    lines = evaluation.compare(evaluation.results_at(ROOT / ".lab" / "runs.jsonl")).splitlines()
+    head, *rows = ([cell.strip() for cell in re.split("  +", line)] for line in lines)
+    printed = {label: dict(zip(head[1:], cells)) for label, *cells in rows}
+    columns, shown, prose = [], set(), []
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip(" `*") for cell in line.strip("|").split("|")]
+        if line.startswith("| run |"):
+            columns = cells
+        elif line.startswith("| `"):
+            for column, cell in zip(columns, cells):
+                if column in head:
+                    assert cell == printed[cells[0]][column], (cells[0], column)
+                    shown |= {number.lstrip("0") for number in re.findall(r"\d*\.\d{3}", cell)}
+        else:
+            prose += re.findall(r"(?<![\d.])0?(\.\d{3})(?!\d)", line)
+    assert len(shown) > 40 and prose and set(prose) <= shown, set(prose) - shown
