@@ -69,6 +69,7 @@ ROWS = [f"--mode {mode} {flags}".strip() for modes, flags in (
     (("diffusion",), "--mask_ratio .15 .15"),
     (("ar", "masked"), "--world other_clues --wordings 4"),
     # how often new people are told, how richly known people
+    (("ar", "masked"), PLAIN),
     *((ALL, f"--paraphrases change_order --texts {texts}") for texts in (1, 2, 20)),
     *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 20)),
     # known people with the name anywhere

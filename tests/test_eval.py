@@ -269,13 +269,14 @@ def test_every_figure_of_the_readme_is_in_the_runs():
     columns, shown, prose = [], set(), []
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip(" `*") for cell in line.strip("|").split("|")]
-        if line.startswith("| run |"):
+        if line.startswith("|run|"):
             columns = cells
-        elif line.startswith("| `"):
+        elif line.startswith("|`"):
             for column, cell in zip(columns, cells):
                 if column in head:
                     assert cell == printed[cells[0]][column], (cells[0], column)
                     shown |= {number.lstrip("0") for number in re.findall(r"\d*\.\d{3}", cell)}
         else:
             prose += re.findall(r"(?<![\d.])0?(\.\d{3})(?!\d)", line)
-    assert len(shown) > 40 and prose and set(prose) <= shown, set(prose) - shown
+    paper = {".153", ".002", ".966", ".678", ".892", ".696"}  # its version 6
+    assert len(shown) > 40 and set(prose) & shown and set(prose) <= shown | paper, set(prose) - shown
