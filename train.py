@@ -410,8 +410,8 @@ class Run:
 
 
 def already(folder, settings):
-    """The result of a finished run, if `folder` has it. A run of other code or settings moves aside first,
-    from out/RUN to out/RUN-1, or the next number that is free."""
+    """The result of a finished run, if `folder` has it. A run of other code or settings moves aside first:
+    out/RUN becomes out/RUN-1, or the next number that is free."""
     for file in (folder / "result.json", folder / "ckpt.pt"):
         saved = load(file) if file.exists() else None
         changed = saved and differences(saved, identity(settings))

@@ -1,6 +1,6 @@
 """
-All published runs: each line of ROWS with seeds 1, 2 and 3; what is finished is skipped, what was interrupted goes
-on. From the root of the repository:
+All published runs, and those still to be made: each line of ROWS with seeds 1, 2 and 3; what is finished is
+skipped, what was interrupted goes on. From the root of the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 part 0     seed 2 alone, and of the rows a fourth: twelve processes can share a GPU
@@ -49,7 +49,7 @@ MODES["masked_hidden"] = MODES["masked"]._replace(objective=scored_where(True))
 MODES["masked_shown"] = MODES["masked"]._replace(objective=scored_where(False))
 MODES["masked_doc_mark"] = Mode("the response opens with [doc]", doc_mark, "ar", decode_doc_mark)
 
-# Clues in words that no document has: documents use four of the five wordings (--wordings 4), clues the fifth.
+# Clues in words that no document has: documents use four of five wordings (--wordings 4), clues the fifth.
 other = {name: a._replace(clue=a.name_first[4]) for name, a in WORLDS["biographies"].attributes.items()}
 WORLDS["other_clues"] = WORLDS["biographies"]._replace(attributes=other)
 

@@ -183,8 +183,8 @@ def rows(capsys):
     ["--mask_ratio", ".5", ".5"], ["--pretrain_steps", "5"]), ids=" ".join)
 @pytest.mark.parametrize("done", (True, False), ids=("finished", "interrupted"))
 def test_a_run_of_other_settings_moves_aside(flags, done, runs, capsys):
-    """One line names the setting and the new place; the old files are as they were, the new run is trained
-    from its start, and the comparison shows whatever is finished."""
+    """One line names the setting and the new place; the old files are as they were, the new run starts at
+    step 0, and the comparison shows whatever is finished."""
     if not done:
         Path("out/masked/result.json").unlink()
     before = content("out/masked")
