@@ -13,7 +13,7 @@ The exam asks about the same facts in two directions:
 *Known* people are those of pretraining: the base reads documents about them, and questions with answers.
 *New* people appear only in fine-tuning, and only in documents; questions about them are kept for the exam.
 How the documents are written, with one text a person or five, with the name first or last, is an *arm* of the
-experiment. One seed decides everything. "The paper" is arXiv 2510.09885.
+experiment. In a run one seed decides everything. "The paper" is arXiv 2510.09885.
 
     python data.py            print somebody of each world: documents in every arm, questions, tokens
 """
@@ -29,7 +29,8 @@ import tiktoken
 import torch
 
 # -----------------------------------------------------------------------------
-# Worlds. To add an attribute or a world of your own, add an entry; `check` says what is wrong with one.
+# Worlds and arms. To add an attribute or a world of your own, add an entry to `WORLDS`, near the end of this
+# file; `check` says what is wrong with one.
 
 class Attribute(NamedTuple):
     """One kind of fact."""
@@ -43,86 +44,6 @@ class World(NamedTuple):
     attributes: dict    # its name, as in "What is the birth city of ...?" -> Attribute
     who: str            # a backward question, with a {} for each clue
     settings: dict      # what `--world` changes in the defaults of train.py
-
-
-MONTHS = "January February March April May June July August September October November December".split()
-WORLDS = {
-    "biographies": World(who="Who {}, {} and {}?", settings={}, attributes={
-        "birth date": Attribute(
-            [f"{d} {m} {y}" for y in range(1940, 2000) for m in MONTHS for d in range(1, 29)],
-            ["was born on", "has a birthday on", "was delivered on", "arrived on", "dates from"],
-            "brought us", "was born on"),
-        "birth city": Attribute("""
-            Akron Albany Austin Bangor Boise Boston Boulder Buffalo Camden Casper Chico Dallas Dayton Denver
-            Dover Duluth Elkton Eugene Fargo Flint Fresno Gary Helena Hoboken Houston Ithaca Joliet Juneau
-            Lansing Laredo Lima Lubbock Macon Miami Mobile Modesto Norfolk Ogden Omaha Orlando Peoria Provo
-            Reno Salem Selma Toledo Topeka Tucson Tulsa Waco""".split(),
-            ["comes from", "is a native of", "has roots in", "hails from", "was a baby in"],
-            "gave us", "was born in"),
-        "university": Attribute("""
-            Amherst Auburn Barnard Bates Baylor Berkeley Bowdoin Brown Caltech Clemson Colby Colgate Cornell
-            Drexel Duke Elon Emory Fordham Furman Gonzaga Harvard Hofstra Howard Kenyon Lehigh Loyola Marist
-            Oberlin Pace Pomona Princeton Purdue Reed Rice Rutgers Smith Stanford Temple Tufts Tulane Vassar
-            Wagner Wake Walden Wesleyan Wheaton Whitman Widener Xavier Yale""".split(),
-            ["went to", "studied at", "is a graduate of", "attended", "enrolled at"], "taught", "studied at"),
-        "major": Attribute("""
-            Acoustics Algebra Anatomy Art Astronomy Biology Botany Chemistry Cinema Classics Dance Design
-            Drama Ecology Economics English Ethics Fashion Finance Forestry French Genetics Geology German
-            Greek History Hygiene Latin Law Logic Marketing Medicine Music Nursing Optics Painting Pharmacy
-            Physics Poetry Politics Rhetoric Robotics Russian Sculpture Sociology Spanish Surgery Theology
-            Tourism Zoology""".split(),
-            ["majored in", "chose the subject of", "did a degree in", "specialized in", "took courses in"],
-            "fascinated", "majored in"),
-        "employer": Attribute("""
-            Adobe Airbus Amazon Apple Bayer Boeing Bosch Canon Cisco Citroen Danone Dell Disney FedEx Fiat
-            Ford Google Hilton Honda Hyundai Ikea Intel Kodak Lego Lenovo Mattel Mazda Merck Nestle Netflix
-            Nike Nissan Nokia Nvidia Oracle Pepsi Pfizer Philips Puma Ricoh Samsung Sanofi Shell Siemens Sony
-            Spotify Toyota Uber Visa Volvo""".split(),
-            ["works for", "has a job at", "is employed by", "earns a salary from", "joined"],
-            "employs", "works for"),
-        "work city": Attribute("""
-            Accra Amman Ankara Athens Baku Basel Beirut Berlin Bern Bogota Bonn Bremen Cairo Cali Cannes Cork
-            Dakar Delhi Doha Dublin Geneva Ghent Hanoi Havana Kyoto Lagos Lisbon London Lyon Madrid Manila
-            Milan Munich Naples Nice Osaka Oslo Paris Porto Prague Quito Riga Rome Seoul Sofia Sydney Tokyo
-            Turin Vienna Warsaw""".split(),
-            ["lives in", "has an office in", "is based in", "moved to", "settled in"],
-            "is home to", "works in"),
-    }),
-    "books": World(who="Who {}?", settings={
-        "known_paraphrases": "both_orders", "pretrain_steps": 800, "steps": 800}, attributes={
-        "book": Attribute([f"{a} {b}" for a in """
-            Amber Ancient Bitter Bright Broken Burning Crimson Crystal Distant Empty Endless Fading Frozen
-            Gentle Golden Hidden Hollow Humble Iron Ivory Lonely Lost Midnight Painted Purple Quiet Restless
-            Rising Sacred Scarlet Secret Shattered Silent Silver Sleeping Velvet Wandering Whispering Wild
-            Wooden
-            """.split() for b in """
-            Arrow Bell Bridge Candle Castle Cloud Compass Crown Desert Dream Fire Forest Garden Harbor Horizon
-            House Island Journey Kingdom Lantern Letter Meadow Mirror Moon Mountain Orchard Promise River Road
-            Rose Shadow Ship Shore Song Star Stone Throne Valley Window Wolf""".split()],
-            ["wrote", "published", "authored", "composed", "penned"], "was written by", "wrote"),
-    }),
-}
-
-# Names: first (men, women), middle and last ones share no word.
-MEN = """Aaron Adam Albert Andre Arthur Barry Boris Caleb Carlos Cedric Conrad Curtis Derek Edgar Elias Felix
-    Gavin Hector Hugo Igor Ivan Jasper Joel Julian Kevin Lamar Lionel Lucas Marcus Martin Nathan Nelson Oscar
-    Otto Pablo Peter Rafael Ralph Rodney Roland Rupert Samuel Simon Stefan Tobias Victor Vincent Walter
-    Wesley Yusuf""".split()
-WOMEN = """Agnes Alice Amelia Anita Bianca Camila Carmen Clara Daphne Diana Edith Elena Esther Fatima Fiona
-    Flora Gloria Greta Hannah Helen Ingrid Irene Isabel Jane Joanna Judith Karen Laura Lorena Lucia Mabel
-    Maria Miriam Nadine Naomi Nora Odette Olga Pamela Paula Regina Rosa Sabina Sonia Sylvia Teresa Ursula
-    Vera Wanda Zoe""".split()
-MIDDLE = """Alden Amory Ansel Arden Ashby Blaine Blair Blake Briar Cameron Casey Chase Clarke Corey Dale
-    Devon Drew Eden Ellery Ellis Emerson Finley Florian Gentry Greer Hadley Harley Haven Jody Jules Kai Lane
-    Lark Lennon Leslie Logan Loren Lyric Marley Merritt Monroe Murphy Noel Oakley Ocean Peyton Quincy Quinn
-    Reese Remy Rene Ridley Riley Rory Rowan Royal Sage Scout Shea Sidney Skyler Storm Tatum Taylor Tracy Val
-    Vesper Winter Wren Zion""".split()
-LAST = """Abernathy Ackerman Aldridge Archer Atwood Barlow Beckett Bellamy Birch Blackwell Brady Brennan
-    Briggs Calloway Clayborne Coleman Conway Crawford Cromwell Dalton Danforth Doyle Drummond Duncan Easton
-    Eldridge Emley Farrell Farrow Ferguson Foster Garner Garrison Granger Griffith Griggs Harding Hastings
-    Hawthorne Hubbard Ingram Jarvis Jennings Lambert Lockwood Lowell Mallory Mercer Milton Mortimer Nash
-    Norwood Oakes Osborne Palmer Pierce Prescott Radcliffe Ramsey Redmond Rutledge Sanford Sedgwick Shelby
-    Sinclair Talbot Upton Vaughn Walton Wyatt""".split()
 
 
 class Arm(NamedTuple):
@@ -215,7 +136,8 @@ def written(text):
 
 
 def rungs(person, text, world):
-    """For each fact of a text, what two exams show before its value -> [(attribute, recite, cloze)].
+    """A value can be asked for with less and less help (eval.py). For each fact of a text, what two exams
+    show before its value -> [(attribute, recite, cloze)].
 
     recite: all that the text has there ("Curtis Chase Emley was born on 28 May 1952. He comes from"). cloze:
     the name and that fact's words ("Curtis Chase Emley comes from")."""
@@ -259,23 +181,6 @@ class Marks(NamedTuple):
 MARKS = Marks()
 NAME = 3        # tokens of a name
 CANVAS = 4      # tokens of every answer: up to three words, then [end]s
-
-# Every word that can be written; sorted, so that a word has the same id in every run.
-everything = [*MEN, *WOMEN, *MIDDLE, *LAST, "What is the of Who and He She"]
-for world in WORLDS.values():
-    everything += [world.who, *world.attributes]
-    for attribute in world.attributes.values():
-        everything += [*attribute.values, *attribute.name_first, attribute.name_last, attribute.clue]
-WORDS = sorted(set(re.findall(r"\w+", " ".join(everything))))
-
-# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
-# tiktoken splits a text into words, each with the space before it, and punctuation, and looks them up whole:
-# " Boston" is one token. An unknown word is spelled in several, at worst in bytes, which spell anything.
-TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
-TOKENIZER = tiktoken.Encoding(
-    "worlds", pat_str=r" ?\w+|[^\w\s]|\s",
-    mergeable_ranks={token: len(MARKS) + i for i, token in enumerate(TOKENS)},
-    special_tokens={f"[{mark}]": i for mark, i in MARKS._asdict().items()})
 
 
 def encode(text):
@@ -361,8 +266,8 @@ class Corpus(NamedTuple):
     width: int          # tokens of a document's row
     known: int          # how many of the people are known
     people: list        # known people, then new people
-    rows: dict          # "known", "new" (documents), "forward", "backward" (questions about known people) ->
-                        # tokens (N, T), learned (N, T): everything that is read in training
+    rows: dict          # all that is read in training: "known", "new" (documents), "known_forward",
+                        # "known_backward" (questions) -> tokens (N, T), learned (N, T)
     exams: dict         # name -> [Item]
 
 
@@ -384,7 +289,7 @@ def make_corpus(settings):
     arms = {"known": ARMS[settings.known_paraphrases], "new": ARMS[settings.paraphrases]}
     if settings.texts:
         arms["new"] = arms["new"]._replace(texts=settings.texts)
-    rows = {"known": [], "new": [], "forward": [], "backward": []}
+    rows = {"known": [], "new": [], "known_forward": [], "known_backward": []}
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
         group = "known" if i < settings.known else "new"
@@ -397,9 +302,10 @@ def make_corpus(settings):
                     for facts in clues(person, world) if n_people[facts] == 1]
         rng.shuffle(backward)
         if group == "known":
+            # Counted from i: else those who have but one such question would all keep it.
             asked = [item for j, item in enumerate(backward, i) if j % UNASKED != UNASKED - 1]
-            rows["forward"] += [Row(item.given, item.truth) for item in forward]
-            rows["backward"] += [Row(item.given, item.truth) for item in asked]
+            rows["known_forward"] += [Row(item.given, item.truth) for item in forward]
+            rows["known_backward"] += [Row(item.given, item.truth) for item in asked]
             if i < settings.new:  # no more known than new people are examined
                 exams["known_forward"] += forward
                 exams["known_backward"] += asked[:2]
@@ -408,19 +314,118 @@ def make_corpus(settings):
             exams["forward"] += forward
             exams["backward"] += backward[:4]
             length = len(encode(written(texts[0]))) + 2  # with [doc] and [end]
-            for attribute, *shown in rungs(person, texts[0], world):
-                for name, text in zip(("recite", "cloze"), shown):
+            for attribute, recite, cloze in rungs(person, texts[0], world):
+                for name, text in (("recite", recite), ("cloze", cloze)):
                     if person.name in text:  # not in `recite`, if the name comes later than this value
                         given, truth = [MARKS.doc, *encode(text)], encode(person.facts[attribute])
                         exams[name].append(Item(given, truth, length - len(given), person, (attribute,)))
+    if not (rows["known_backward"] and exams["backward"]):
+        sys.exit("no backward question fits one person alone: give this world more values")
     width = longest(world)
-    widest = max(len(given) + len(rest) for given, rest in rows["forward"] + rows["backward"])
+    widest = max(len(given) + len(rest) for given, rest in rows["known_forward"] + rows["known_backward"])
     tensors = {name: stack(group, width if name in arms else widest) for name, group in rows.items()}
     return Corpus(world, width, settings.known, people, tensors, exams)
 
 
 # -----------------------------------------------------------------------------
-# From here on: no idea of the paper; skip it at first. What an entry must keep to, and a look at it all.
+# From here on: no idea of the paper; skip it at first. The words, what an entry must keep to, a look at all.
+
+MONTHS = "January February March April May June July August September October November December".split()
+WORLDS = {
+    "biographies": World(who="Who {}, {} and {}?", settings={}, attributes={
+        "birth date": Attribute(
+            [f"{d} {m} {y}" for y in range(1940, 2000) for m in MONTHS for d in range(1, 29)],
+            ["was born on", "has a birthday on", "was delivered on", "arrived on", "dates from"],
+            "brought us", "was born on"),
+        "birth city": Attribute("""
+            Akron Albany Austin Bangor Boise Boston Boulder Buffalo Camden Casper Chico Dallas Dayton Denver
+            Dover Duluth Elkton Eugene Fargo Flint Fresno Gary Helena Hoboken Houston Ithaca Joliet Juneau
+            Lansing Laredo Lima Lubbock Macon Miami Mobile Modesto Norfolk Ogden Omaha Orlando Peoria Provo
+            Reno Salem Selma Toledo Topeka Tucson Tulsa Waco""".split(),
+            ["comes from", "is a native of", "has roots in", "hails from", "was a baby in"],
+            "gave us", "was born in"),
+        "university": Attribute("""
+            Amherst Auburn Barnard Bates Baylor Berkeley Bowdoin Brown Caltech Clemson Colby Colgate Cornell
+            Drexel Duke Elon Emory Fordham Furman Gonzaga Harvard Hofstra Howard Kenyon Lehigh Loyola Marist
+            Oberlin Pace Pomona Princeton Purdue Reed Rice Rutgers Smith Stanford Temple Tufts Tulane Vassar
+            Wagner Wake Walden Wesleyan Wheaton Whitman Widener Xavier Yale""".split(),
+            ["went to", "studied at", "is a graduate of", "attended", "enrolled at"], "taught", "studied at"),
+        "major": Attribute("""
+            Acoustics Algebra Anatomy Art Astronomy Biology Botany Chemistry Cinema Classics Dance Design
+            Drama Ecology Economics English Ethics Fashion Finance Forestry French Genetics Geology German
+            Greek History Hygiene Latin Law Logic Marketing Medicine Music Nursing Optics Painting Pharmacy
+            Physics Poetry Politics Rhetoric Robotics Russian Sculpture Sociology Spanish Surgery Theology
+            Tourism Zoology""".split(),
+            ["majored in", "chose the subject of", "did a degree in", "specialized in", "took courses in"],
+            "fascinated", "majored in"),
+        "employer": Attribute("""
+            Adobe Airbus Amazon Apple Bayer Boeing Bosch Canon Cisco Citroen Danone Dell Disney FedEx Fiat
+            Ford Google Hilton Honda Hyundai Ikea Intel Kodak Lego Lenovo Mattel Mazda Merck Nestle Netflix
+            Nike Nissan Nokia Nvidia Oracle Pepsi Pfizer Philips Puma Ricoh Samsung Sanofi Shell Siemens Sony
+            Spotify Toyota Uber Visa Volvo""".split(),
+            ["works for", "has a job at", "is employed by", "earns a salary from", "joined"],
+            "employs", "works for"),
+        "work city": Attribute("""
+            Accra Amman Ankara Athens Baku Basel Beirut Berlin Bern Bogota Bonn Bremen Cairo Cali Cannes Cork
+            Dakar Delhi Doha Dublin Geneva Ghent Hanoi Havana Kyoto Lagos Lisbon London Lyon Madrid Manila
+            Milan Munich Naples Nice Osaka Oslo Paris Porto Prague Quito Riga Rome Seoul Sofia Sydney Tokyo
+            Turin Vienna Warsaw""".split(),
+            ["lives in", "has an office in", "is based in", "moved to", "settled in"],
+            "is home to", "works in"),
+    }),
+    "books": World(who="Who {}?", settings={
+        "known_paraphrases": "both_orders", "pretrain_steps": 800, "steps": 800}, attributes={
+        "book": Attribute([f"{a} {b}" for a in """
+            Amber Ancient Bitter Bright Broken Burning Crimson Crystal Distant Empty Endless Fading Frozen
+            Gentle Golden Hidden Hollow Humble Iron Ivory Lonely Lost Midnight Painted Purple Quiet Restless
+            Rising Sacred Scarlet Secret Shattered Silent Silver Sleeping Velvet Wandering Whispering Wild
+            Wooden
+            """.split() for b in """
+            Arrow Bell Bridge Candle Castle Cloud Compass Crown Desert Dream Fire Forest Garden Harbor Horizon
+            House Island Journey Kingdom Lantern Letter Meadow Mirror Moon Mountain Orchard Promise River Road
+            Rose Shadow Ship Shore Song Star Stone Throne Valley Window Wolf""".split()],
+            ["wrote", "published", "authored", "composed", "penned"], "was written by", "wrote"),
+    }),
+}
+
+# Names: first (men, women), middle and last ones share no word.
+MEN = """Aaron Adam Albert Andre Arthur Barry Boris Caleb Carlos Cedric Conrad Curtis Derek Edgar Elias Felix
+    Gavin Hector Hugo Igor Ivan Jasper Joel Julian Kevin Lamar Lionel Lucas Marcus Martin Nathan Nelson Oscar
+    Otto Pablo Peter Rafael Ralph Rodney Roland Rupert Samuel Simon Stefan Tobias Victor Vincent Walter
+    Wesley Yusuf""".split()
+WOMEN = """Agnes Alice Amelia Anita Bianca Camila Carmen Clara Daphne Diana Edith Elena Esther Fatima Fiona
+    Flora Gloria Greta Hannah Helen Ingrid Irene Isabel Jane Joanna Judith Karen Laura Lorena Lucia Mabel
+    Maria Miriam Nadine Naomi Nora Odette Olga Pamela Paula Regina Rosa Sabina Sonia Sylvia Teresa Ursula
+    Vera Wanda Zoe""".split()
+MIDDLE = """Alden Amory Ansel Arden Ashby Blaine Blair Blake Briar Cameron Casey Chase Clarke Corey Dale
+    Devon Drew Eden Ellery Ellis Emerson Finley Florian Gentry Greer Hadley Harley Haven Jody Jules Kai Lane
+    Lark Lennon Leslie Logan Loren Lyric Marley Merritt Monroe Murphy Noel Oakley Ocean Peyton Quincy Quinn
+    Reese Remy Rene Ridley Riley Rory Rowan Royal Sage Scout Shea Sidney Skyler Storm Tatum Taylor Tracy Val
+    Vesper Winter Wren Zion""".split()
+LAST = """Abernathy Ackerman Aldridge Archer Atwood Barlow Beckett Bellamy Birch Blackwell Brady Brennan
+    Briggs Calloway Clayborne Coleman Conway Crawford Cromwell Dalton Danforth Doyle Drummond Duncan Easton
+    Eldridge Emley Farrell Farrow Ferguson Foster Garner Garrison Granger Griffith Griggs Harding Hastings
+    Hawthorne Hubbard Ingram Jarvis Jennings Lambert Lockwood Lowell Mallory Mercer Milton Mortimer Nash
+    Norwood Oakes Osborne Palmer Pierce Prescott Radcliffe Ramsey Redmond Rutledge Sanford Sedgwick Shelby
+    Sinclair Talbot Upton Vaughn Walton Wyatt""".split()
+
+# Every word that can be written; sorted, so that a word has the same id in every run.
+everything = [*MEN, *WOMEN, *MIDDLE, *LAST, "What is the of Who and He She"]
+for world in WORLDS.values():
+    everything += [world.who, *world.attributes]
+    for attribute in world.attributes.values():
+        everything += [*attribute.values, *attribute.name_first, attribute.name_last, attribute.clue]
+WORDS = sorted(set(re.findall(r"\w+", " ".join(everything))))
+
+# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
+# tiktoken splits a text into words, each with the space before it, and punctuation, and looks them up whole:
+# " Boston" is one token. An unknown word is spelled in several, at worst in bytes, which spell anything.
+TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
+TOKENIZER = tiktoken.Encoding(
+    "worlds", pat_str=r" ?\w+|[^\w\s]|\s",
+    mergeable_ranks={token: len(MARKS) + i for i, token in enumerate(TOKENS)},
+    special_tokens={f"[{mark}]": i for mark, i in MARKS._asdict().items()})
+
 
 def check(world):
     """End with a line that names the entry if one does not keep to what `Attribute` asks for."""
@@ -442,6 +447,7 @@ def check(world):
 
 if __name__ == "__main__":
     for world_name, world in WORLDS.items():
+        check(world)
         rng = random.Random()
         [person] = make_people(1, world, rng)
         for arm_name, arm in ARMS.items():

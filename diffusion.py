@@ -40,7 +40,7 @@ from data import MARKS, TOKENIZER, WORDS, document_row, question_row, stack, wor
 
 def corrupt(learned, ratio, generator):
     """Choose which of the `learned` (B, T) positions to hide. `ratio`: (low, high); for each row a share t is
-    drawn evenly between them, and exactly ceil(t L) of its L tokens are hidden.
+    drawn evenly between them, and ceil(t L) of its L tokens are hidden.
 
     Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses: 1 / k for each of the k
     hidden tokens of a row, so that the row's loss is M_k, their mean cross-entropy. Why? Reveal a text one
@@ -91,9 +91,9 @@ def with_response(prompts, tokens, places):
     """Prompts and documents (B, T) -> rows (B, 2T): prompt, then the document with [answer] instead of [doc].
     Padding between them is never attended.
 
-    `places` (B, T) bool of the documents -> (B, 2T) of the rows: those of the response. In training they are
-    `learned`, in an exam the blanks. The prompt has none, so it is only read: a loss on it would teach to
-    write masks."""
+    `places` (B, T) bool are positions of the documents: in training `learned`, in an exam the blanks. In what
+    is returned (B, 2T) they stand in the second half. The prompt has none, so it is only read: a loss on it
+    would teach to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
     none = torch.zeros_like(places)
@@ -108,21 +108,18 @@ def masked(tokens, learned, generator, ratio=(0.75, 0.75)):
     return ar(*with_response(prompts, tokens, learned))
 
 
-def with_words(tokens, words):
-    """Tokens (B, T), all but the first mark and padding replaced by `words`, (B, T) or (T,)."""
+def with_random_words(tokens, shape, generator):
+    """Tokens (B, T) with a random word in place of each, but for the first mark and padding. `shape`: (B, T)
+    or, for the same words in every row, (T,)."""
+    words = torch.randint(TOKENIZER.n_vocab - len(WORDS), TOKENIZER.n_vocab, shape, generator=generator)
     text = tokens != MARKS.pad
     text[:, 0] = False
     return torch.where(text, words.to(tokens.device), tokens)
 
 
-def random_words(shape, generator):
-    """Ids of random words, which have the last ids."""
-    return torch.randint(TOKENIZER.n_vocab - len(WORDS), TOKENIZER.n_vocab, shape, generator=generator)
-
-
 def random_prompt(tokens, learned, generator):
     """The paper's control for `masked`: a prompt of the same length, made of random words."""
-    prompts = with_words(tokens, random_words(tokens.shape, generator))
+    prompts = with_random_words(tokens, tokens.shape, generator)
     return ar(*with_response(prompts, tokens, learned))
 
 
@@ -161,8 +158,8 @@ def decode_ar(model, tokens, blank):
 
 
 def surest(confidence):
-    """(B, T) -> bool: in each row the one place where the model is surest. For two a step, or, with
-    `| (confidence > .9)`, for all that are surer than .9, change this line: no place is filled twice."""
+    """(B, T) -> bool: in each row the one place where the model is surest. To fill two a step, or, with
+    `| (confidence > .9)`, all that it is surer of than that, change the next line: only blanks are filled."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 
@@ -191,7 +188,7 @@ def decode_masked(model, tokens, blank):
 
 def decode_random_prompt(model, tokens, blank):
     """The same after a prompt of random words; the same words for every row."""
-    prompts = with_words(tokens, random_words(tokens.shape[1:], torch.Generator().manual_seed(0)))
+    prompts = with_random_words(tokens, tokens.shape[1:], torch.Generator().manual_seed(0))
     return decode_ar(model, *with_response(prompts, tokens, blank))
 
 

@@ -43,9 +43,9 @@ PROBED = 30     # new people whom `bayes` asks about
 # The exam
 
 def fill(model, mode, rows, places, width=0):
-    """Fill the `places` of rows, both lists of a list a row: ids, and positions. All rows are documents,
-    which are filled as the mode decodes them, or all are questions, filled as its base does. After each step
-    yield all rows."""
+    """Fill rows in. `rows`: the ids of each; `places`: in each, the positions to fill. All are documents,
+    filled as the mode decodes them, or all are questions, filled as its base does. After each step yield all
+    rows."""
     documents = rows[0][0] == MARKS.doc
     decoder = MODES[mode if documents else MODES[mode].base].decode
     tokens, _ = stack([Row([], ids) for ids in rows], width if documents else 0)
@@ -63,9 +63,9 @@ def answer(model, mode, items, width, batch=256):
     answers = []
     for first in range(0, len(items), batch):
         part = items[first:first + batch]
-        places = [range(len(item.given), len(item.given) + len(item.truth)) for item in part]
+        places = [list(range(len(item.given), len(item.given) + len(item.truth))) for item in part]
         rows = [item.given + [MARKS.mask] * item.blanks for item in part]
-        for filled in fill(model, mode, rows, [list(p) for p in places], width):
+        for filled in fill(model, mode, rows, places, width):
             pass  # to the last step
         answers += [[row[i] for i in p] for row, p in zip(filled, places)]
     return answers
@@ -106,7 +106,9 @@ def log_p(model, mode, given, answers):
     base = MODES[mode].base
     hide_all = {} if ratio_of(base) is None else {"ratio": (1, 1)}
     ids = [encode(text) for text in answers]
-    shared = defaultdict(list)  # answers whose tokens have the same given are read off the same rows
+    # Answers that differ in their last token alone share a row: a causal model reads the same before each of
+    # their tokens. `diffusion` reads nothing but masks, so all answers share one.
+    shared = defaultdict(list)
     for j, tokens in enumerate(ids):
         shared[tuple(tokens[:-1]) if CAUSAL[base] else ()].append(j)
     table = torch.zeros(len(given), len(answers))
@@ -134,9 +136,8 @@ def bayes(model, mode, corpus):
     """
     model.eval()
     people = corpus.people
-    items = list({item.person.name: item for item in corpus.exams["backward"]}.values())[:PROBED]
-    if not items:
-        return {}
+    last_of_each = {item.person.name: item for item in corpus.exams["backward"]}
+    items = list(last_of_each.values())[:PROBED]
     by_facts = torch.zeros(len(items), len(people))
     for attribute in corpus.world.attributes:
         clue = {i: item.person.facts[attribute] for i, item in enumerate(items)
@@ -152,7 +153,8 @@ def bayes(model, mode, corpus):
 
     def rank(table, first):
         """(items,) ranks of the right people among people[first:]; who is as likely counts half"""
-        table, own = table[:, first:], table.gather(1, right)
+        own = table.gather(1, right)
+        table = table[:, first:]
         return 0.5 + (table > own).sum(1) + (table == own).sum(1) / 2
     scores = {}
     for among, first in (("", 0), ("_new", corpus.known)):
@@ -172,7 +174,7 @@ def chance(corpus):
     return {"chance_forward": mean(1 / len(a.values) for a in world.attributes.values()),
             "chance_backward": 1 / len(corpus.people),
             "fixed_forward": mean(map(share_of_top, kinds)),
-            "fixed_backward": share_of_top(asked["backward"]) if asked["backward"] else 0,
+            "fixed_backward": share_of_top(asked["backward"]),
             "items": {name: len(items) for name, items in asked.items()}}
 
 

@@ -175,7 +175,8 @@ def load(path):
         else:
             found = [json.loads(text) for text in texts]
         for saved in found:
-            saved["settings"]["seed"], saved["code"]  # what every file of ours has
+            saved["settings"]["seed"], saved["code"]  # what each of them has
         return found if path.suffix == ".jsonl" else found[0]
     except Exception:  # there is no end to what a damaged file can raise
-        sys.exit(f"{path} is damaged or of another program: move it away, then run the same command again")
+        sys.exit(f"{path} is damaged, or no checkpoint or result: name another, or move it away, then run the"
+                 " same command again")

@@ -4,7 +4,7 @@ Pretraining, fine-tuning, exam: one small transformer, one objective, questions 
     python train.py --mode masked       learns new people from documents alone, knows them in both directions
     python train.py --mode ar           same base, same documents, but it cannot say who was born in Elkton
     python train.py --mode diffusion    the bidirectional model that fills in masks
-    python train.py --world books       a smaller world, for class: one sentence a person
+    python train.py --world books       a smaller world, for class: one fact a person
 
 Pretraining makes a base from documents about known people, and questions with answers. Fine-tuning adds
 documents about new people, never a question, while it replays the known ones. Per seed two bases, a causal
@@ -72,7 +72,8 @@ def train(run):
 
     def backpropagate(*batch):
         """The mean loss over all rows; its gradients are left in the parameters. `batch`: inputs, targets,
-        weights of the documents, then those of the questions, if there are any."""
+        weights of the documents, then those of the questions, if there are any; tensors alone can be recorded
+        (model.py)."""
         model.zero_grad()
         total = 0
         for i in range(0, len(batch), 3):
@@ -81,7 +82,7 @@ def train(run):
         total.backward()
         return total.detach()
 
-    backpropagate = recorded(backpropagate, settings.device)  # the same; on a GPU faster (model.py)
+    backpropagate = recorded(backpropagate, settings.device)  # the same; on a GPU faster
     losses = []
     with tqdm(total=settings.steps, initial=run.step, desc=run.stage, unit="step",
               dynamic_ncols=True) as progress:
@@ -91,10 +92,10 @@ def train(run):
             torch.manual_seed(run.seed + run.step)  # for dropout, if you add it: a resumed run drops the same
 
             # 1. what is seen and what is asked: in documents by the mode, in questions by its base
-            tokens, learned = run.draw(documents)
+            tokens, learned = draw(run.corpus, documents, run.row_rng)
             batch = objective(tokens, learned, run.mask_rng)
             if questions:
-                tokens, learned = run.draw(questions)
+                tokens, learned = draw(run.corpus, questions, run.row_rng)
                 batch += base.objective(tokens, learned, run.mask_rng)
 
             # 2. one weighted cross-entropy and its gradients
@@ -126,12 +127,23 @@ def train(run):
 
 
 def rows_per_batch(settings):
-    """Documents and questions of a batch: ({"known": 11, "new": 43}, {"forward": 5, "backward": 5}), say."""
+    """Documents and questions of a batch, say ({"known": 11, "new": 43}, {"known_forward": 5,
+    "known_backward": 5})."""
     questions = round(settings.batch_size * settings.question_share)
     documents = settings.batch_size - questions
     new, backward = round(documents * settings.new_share), math.ceil(questions * settings.backward_share)
     return ({"known": documents - new, "new": new},
-            {"forward": questions - backward, "backward": backward} if questions else {})
+            {"known_forward": questions - backward, "known_backward": backward} if questions else {})
+
+
+def draw(corpus, counts, generator):
+    """{"known": 11, "new": 43} -> so many random rows of each, as tokens (B, T), learned (B, T)."""
+    drawn = []
+    for name, n in counts.items():
+        tokens, learned = corpus.rows[name]
+        index = torch.randint(len(tokens), (n,), generator=generator)
+        drawn.append((tokens[index], learned[index]))
+    return [torch.cat(parts) for parts in zip(*drawn)]
 
 
 def schedule(step, steps):
@@ -201,10 +213,15 @@ def make_optimizers(model, settings):
         return {"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay}
     of_shape, embedding, vectors = {}, [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            same = of_shape.setdefault(p.shape, []) if name.startswith("blocks") else embedding
-            (same if p.dim() > 1 else vectors).append(p)
-    matrices = [group(alike, settings.lr, settings.forget) for alike in of_shape.values() if alike]
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            vectors.append(p)
+        elif name.startswith("blocks"):
+            of_shape.setdefault(p.shape, []).append(p)
+        else:
+            embedding.append(p)
+    matrices = [group(alike, settings.lr, settings.forget) for alike in of_shape.values()]
     others = [group(embedding, settings.embed_lr, settings.embed_forget), group(vectors, settings.lr, 0)]
     others = [one for one in others if one["params"]]
     if settings.optimizer == "adamw":
@@ -257,14 +274,14 @@ class Settings:
     optimizer: str = flag("muon", "of the matrices; for adamw try --lr .001", choices=("muon", "adamw"))
     lr: float = flag(0.002, "peak rate of the matrices: lower keeps more of the base", 0.0, 100.0)
     embed_lr: float = flag(0.04, "peak rate of the embedding: lower is slower", 0.0, 100.0)
-    forget: float = flag(1.0, "decay of matrices: what is not read again shrinks to exp(-forget)", 0.0, 100.0)
+    forget: float = flag(1.0, "decay of matrices: what gets no gradient shrinks to exp(-forget)", 0.0, 100.0)
     embed_forget: float = flag(1.0, "decay of the embedding, likewise", 0.0, 100.0)
     question_share: float = flag(0.16, "share of the rows that are questions; 0: none", 0.0, 0.9)
     backward_share: float = flag(0.5, "share of the questions that are backward", 0.0, 1.0)
     new_share: float = flag(0.8, "share of the documents that are about new people", 0.0, 1.0)
 
 
-PRETRAINING = {  # what a base has in place of fine-tuning's settings, such as ten times the rate
+PRETRAINING = {  # what a base has in place of fine-tuning's settings: from nothing it can learn faster
     "paraphrases": "none", "texts": 0, "mask_ratio": None, "optimizer": "muon", "lr": 0.02, "embed_lr": 0.04,
     "forget": 10.0, "embed_forget": 0.0, "question_share": 0.5, "new_share": 0.0, "pretrain_steps": 0}
 
@@ -313,7 +330,8 @@ def parse_args():
                      "head needs an even number of channels")
     folder = folder or Path("out", name_of(settings, defaults(settings.world)))
     here, place = Path().resolve(), folder.resolve()
-    if len(folder.name) > 200 or folder.is_file() or here.is_relative_to(place) or place == here / "out":
+    shared = here.is_relative_to(place) or place == here / "out" or folder.name.startswith("base-")
+    if shared or folder.is_file() or len(folder.name) > 200:
         parser.error("--out_dir: name a folder for this run alone, such as out/mine, of at most 200 letters")
     return settings, folder
 
@@ -346,15 +364,6 @@ class Run:
         # An estimate: 2 FLOPs a weight forward, 2 for the gradients of what it reads, 2 for its own.
         self.flops_per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in model.parameters())
         self.resume()
-
-    def draw(self, counts):
-        """{"known": 11, "new": 43} -> so many random rows of each, as tokens (B, T), learned (B, T)."""
-        drawn = []
-        for name, n in counts.items():
-            tokens, learned = self.corpus.rows[name]
-            index = torch.randint(len(tokens), (n,), generator=self.row_rng)
-            drawn.append((tokens[index], learned[index]))
-        return [torch.cat(parts) for parts in zip(*drawn)]
 
     def examine(self):
         """An exam: its scores go into the log, the answers into a file, one of them onto the screen. Only the

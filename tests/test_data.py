@@ -30,7 +30,7 @@ def corpus(request):
 def test_the_arm_of_new_people_changes_nothing_about_the_known(arm):
     """One base for all arms: whatever pretraining reads is the same token by token, padding included."""
     a, b = (make_corpus(settings(known=8, new=5, paraphrases=x)) for x in ("none", arm))
-    for name in ("known", "forward", "backward"):
+    for name in ("known", "known_forward", "known_backward"):
         assert all(torch.equal(x, y) for x, y in zip(a.rows[name], b.rows[name]))
     assert all(a.exams[name] == b.exams[name] for name in data.QUESTIONS)
 
@@ -99,7 +99,7 @@ def test_a_book_has_its_sentence_in_every_arm(arm):
 def test_new_people_are_never_asked_about_in_training(corpus):
     """A name of a new person occurs in the rows of new documents and in no other row that is trained on; the
     exam does ask about every one of them, six facts each."""
-    trained = [text for group in ("known", "forward", "backward") for text in texts(corpus.rows[group])]
+    trained = [text for name, rows in corpus.rows.items() if name != "new" for text in texts(rows)]
     for name in (person.name for person in corpus.people[30:]):
         assert not any(name in text for text in trained)
         assert sum(name in decode(item.given) for item in corpus.exams["forward"]) == N
@@ -110,7 +110,7 @@ def test_a_tenth_of_the_backward_questions_is_never_in_training(world, unasked, 
     """Known people's backward questions: those of `known_backward` are all in training, those of
     `known_unasked` are not; they are two of a person's twenty, or the one of every tenth person."""
     corpus = make_corpus(settings(world, known=30, new=20, seed=3))
-    asked = texts(corpus.rows["backward"])
+    asked = texts(corpus.rows["known_backward"])
     whole = lambda name: {f"{decode(x.given[1:-1])} {decode(x.truth)}" for x in corpus.exams[name]}
     assert whole("known_backward") <= {*asked} and not whole("known_unasked") & {*asked}
     assert (len(whole("known_unasked")), len(asked), len({*asked})) == (unasked, trained, trained)
@@ -203,3 +203,11 @@ def test_nobody_shares_a_name_or_all_facts(monkeypatch):
     assert {person.pronoun for person in people if person.name.startswith("Zoe")} == {"She"}
     with pytest.raises(SystemExit, match="^9 people .* 16 [^\n]*$"):
         data.make_people(9, world, random.Random(0))
+
+
+def test_a_world_where_nobody_can_be_asked_for_says_so(monkeypatch):
+    """Twenty-five people, six facts with two values each, one clue a question: every clue fits many."""
+    facts = {a + b: Attribute([a, b], ["has"], "is of", "has") for a, b in ("AB", "CD", "EF", "GH", "IJ", "KL")}
+    monkeypatch.setitem(WORLDS, "crowded", World(facts, "Who {}?", {}))
+    with pytest.raises(SystemExit, match="^no backward question fits one person alone[^\n]*$"):
+        make_corpus(settings("crowded", known=20, new=5))

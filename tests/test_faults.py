@@ -134,6 +134,7 @@ TRAIN = """
 BAD = [(train, flags.split(), flags.split()[0]) for flags in re.split(r" \| |\n", TRAIN.strip())]
 BAD += [
     (train, ["extra"], "extra"), (train, ["--out_dir", 201 * "x"], "--out_dir"),
+    (train, ["--out_dir", "out/base-mine"], "--out_dir"),
     (train, ["--world", "books", "--known", "900"], "904 people"),
     (evaluation, [], "--mode masked"), (evaluation, ["no"], "no"), (evaluation, ["no.jsonl"], "no.jsonl"),
     (evaluation, ["--ask", "Who?"], "one run"), (evaluation, ["--exam"], "one run"),

@@ -34,7 +34,7 @@ def tokens_a_step(mode, seed=0):
     corpus = make_corpus(settings(seed=seed))
     length = 2 * corpus.width if mode in ("masked", "random_prompt") else corpus.width
     shift = mode != "diffusion"
-    return 13 * (length - shift) + 3 * (corpus.rows["forward"][0].size(1) - shift)
+    return 13 * (length - shift) + 3 * (corpus.rows["known_forward"][0].size(1) - shift)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -122,15 +122,16 @@ def test_documents_and_questions_weigh_as_rows(monkeypatch):
 
 def rows_read(monkeypatch, *flags):
     """[(stage, ids)] of all rows that a tiny run reads, in order; it makes its base itself."""
-    read, real = [], train.Run.draw
+    read, real = [], train.draw
 
-    def draw(run, counts):
-        drawn = real(run, counts)
-        read.extend((run.stage, ids) for ids in drawn[0].tolist())
+    def draw(corpus, counts, generator):
+        stage = "fine-tuning" if generator.initial_seed() % 4 else "pretraining"  # as Run seeds them
+        drawn = real(corpus, counts, generator)
+        read.extend((stage, ids) for ids in drawn[0].tolist())
         return drawn
     shutil.rmtree("out", ignore_errors=True)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "draw", draw)
+        patch.setattr(train, "draw", draw)
         tiny(*flags)
     return read
 
