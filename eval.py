@@ -163,6 +163,9 @@ def bayes(model, mode, corpus):
     return scores
 
 
+# -----------------------------------------------------------------------------
+# From here on: no idea of the paper; skip it at first. Chance, fingerprints, tables, curves, asking.
+
 def chance(corpus):
     """Scores without knowledge. chance_: a random value of the attribute, a random name of all people.
     fixed_: one answer to all questions of a kind, the one that is right most often in this exam."""
@@ -177,9 +180,6 @@ def chance(corpus):
             "fixed_backward": share_of_top(asked["backward"]),
             "items": {name: len(items) for name, items in asked.items()}}
 
-
-# -----------------------------------------------------------------------------
-# From here on: no idea of the paper; skip it at first. Which runs may be compared, tables, curves, asking.
 
 FILES = Path(__file__).resolve().parent
 

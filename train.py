@@ -152,7 +152,7 @@ def schedule(step, steps):
 
 
 # -----------------------------------------------------------------------------
-# Optimizers
+# From here on: no idea of the paper; skip it at first. Optimizers, settings, files, command line.
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal at every step: all directions of a matrix learn at the same pace, even rare
@@ -231,7 +231,7 @@ def make_optimizers(model, settings):
 
 
 # -----------------------------------------------------------------------------
-# From here on: no idea of the paper; skip it at first. Settings, files, command line.
+# Settings, files, command line
 
 def flag(default, about, low=None, high=None, **more):
     """A field of Settings, which is a flag: for argparse `about`, a number from low to high, and more."""
