@@ -374,7 +374,7 @@ WORLDS = {
             "is home to", "works in"),
     }),
     "books": World(who="Who {}?", settings={
-        "known_paraphrases": "both_orders", "pretrain_steps": 800, "steps": 800}, attributes={
+        "known_paraphrases": "both_orders", "pretrain_steps": 600, "steps": 400, "lr": 0.004}, attributes={
         "book": Attribute([f"{a} {b}" for a in """
             Amber Ancient Bitter Bright Broken Burning Crimson Crystal Distant Empty Endless Fading Frozen
             Gentle Golden Hidden Hollow Humble Iron Ivory Lonely Lost Midnight Painted Purple Quiet Restless

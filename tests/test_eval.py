@@ -2,6 +2,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 from xml.etree import ElementTree
 
 import pytest
@@ -261,21 +262,30 @@ def test_curves_are_the_means_of_their_seeds(capfd):
 
 def test_every_figure_of_the_readme_is_in_the_runs():
     """Each cell of a table whose row begins with the name of a run is what `python eval.py .lab/runs.jsonl`
-    prints there, and each figure of three decimals in a paragraph is in the row of a mode that it names."""
-    lines = evaluation.compare(evaluation.results_at(ROOT / ".lab" / "runs.jsonl")).splitlines()
+    prints there; where a row is a run less another, it is the mean of their differences, seed by seed. Each
+    figure of three decimals in a paragraph is in the row of a mode that it names."""
+    results = evaluation.results_at(ROOT / ".lab" / "runs.jsonl")
+    lines = evaluation.compare(results).splitlines()
     head, *rows = ([cell.strip() for cell in re.split("  +", line)] for line in lines)
     printed = {label: dict(zip(head[1:], cells)) for label, *cells in rows}
+
+    def expected(row, column):
+        a, *b = re.findall("`([^`]+)`", row)
+        if not b:
+            return printed[a][column]
+        less = [results[f"{a}-seed{i}"][column] - results[f"{b[0]}-seed{i}"][column] for i in (1, 2, 3)]
+        return f"{mean(less):+.3f}±{stdev(less):.3f}"
     blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
     columns, shown = [], set()  # (mode, figure)
     for line in "\n".join(blocks).splitlines():
-        cells = [cell.strip(" `*") for cell in line.strip("|").split("|")]
+        row, *cells = line.strip("|").split("|")
         if line.startswith("|run|"):
             columns = cells
         elif line.startswith("|`"):
             for column, cell in zip(columns, cells):
-                if column in head:
-                    assert cell == printed[cells[0]][column], (cells[0], column)
-                    shown |= {(cells[0].split("-")[0], figure) for figure in re.findall(r"\.\d{3}", cell)}
+                assert column == "seeds" or cell == expected(row, column), (row, column)
+                shown |= {(mode, figure) for mode in re.findall(r"`(\w+)", row)
+                          for figure in re.findall(r"\.\d{3}", cell)}
     assert len(shown) > 40
     paper = {".153", ".002", ".966", ".678", ".892", ".696"}  # its version 6
     for block in blocks:
