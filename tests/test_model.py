@@ -88,14 +88,3 @@ def test_a_recording_reads_what_is_there_now(name):
         weight.fill_(factor)
         x = torch.randn(2, 3, generator=generator(factor))
         assert torch.equal(scale(x).cpu(), factor * x)
-
-
-def test_rotary_positions_are_relative():
-    """The product of a query at position m and a key at n depends on m - n alone."""
-    g = generator()
-    q, k = torch.randn(2, 8, generator=g, dtype=torch.float64)
-    cos, sin = code.rotary(12, 8, "cpu")
-    turned = lambda x: code.rotate(x.expand(1, 1, 12, 8), cos, sin)[0, 0]  # (12, 8): x at every position
-    scores = turned(q) @ turned(k).T
-    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-6, atol=1e-6)
-    assert not torch.isclose(scores[3, 3], scores[3, 2])

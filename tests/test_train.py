@@ -340,12 +340,15 @@ def test_the_tour_names_what_there_is():
         assert re.search(rf"^\s*(def|class) {part}\b|^{part} = ", source, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("script", ("data.py", "diffusion.py", "train.py --help", "eval.py --help",
-                                    f"train.py {' '.join(TINY)}"))
-@pytest.mark.parametrize("inside", (True, False))
+RUN = f"train.py {' '.join(TINY)}"
+
+
+@pytest.mark.parametrize("script, inside", (
+    ("data.py", True), ("diffusion.py", True), ("train.py --help", True), ("eval.py --help", True),
+    (RUN, True), (RUN, False)))
 def test_scripts_start_from_a_shell(script, inside):
-    """As a child process, from another folder or, as most people do, from their own (a copy, for out/ lands
-    there), with output that is no terminal and can only show ASCII."""
+    """As a child process from their own folder, as most people do (a copy, for out/ lands there), or from
+    another one, with output that is no terminal and can only show ASCII."""
     name, *flags = script.split()
     for file in ROOT.glob("*.py") if inside else ():
         shutil.copy(file, ".")
