@@ -258,7 +258,8 @@ def report(scores):
         lines += ["what it knows, but may be unable to say, of the first new people:",
                   f"    by its own forward answers (Bayes), the right one of {people} is the likeliest: "
                   f"{scores['bayes']:.2f}",
-                  f"    asked for the name, it has the right one on rank {scores['rank']:.0f} (median)"]
+                  f"    asked for the name, it has the right one on rank {scores['rank']:.0f}, among new people's"
+                  f" names on rank {scores['rank_new']:.0f} (medians)"]
     return "\n".join(lines)
 
 
@@ -271,12 +272,12 @@ def spread(runs, name):
     return f"{mean(values):{digits}}" + (f"±{stdev(values):{digits}}" if len(values) > 1 else "")
 
 
-COLUMNS = ("recite", "cloze", "forward", "backward", "bayes", "rank", "known_forward", "known_backward",
-           "known_unasked")
+COLUMNS = ("recite", "cloze", "forward", "backward", "bayes", "rank", "rank_new", "known_forward",
+           "known_backward", "known_unasked")
 
 
 def compare(results):
-    """A table with a line for each setting: exact match, and the rank."""
+    """A table with a line for each setting: exact match, and the ranks."""
     rows = [["", "seeds", *COLUMNS]]
     for label, runs in group(results).items():
         rows.append([label, str(len(runs)), *(spread(runs, name) for name in COLUMNS)])
