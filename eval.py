@@ -258,7 +258,7 @@ def report(scores):
         lines += ["what it knows, but may be unable to say, of the first new people:",
                   f"    by its own forward answers (Bayes), the right one of {people} is the likeliest: "
                   f"{scores['bayes']:.2f}",
-                  f"    asked for the name, it has the right one on rank {scores['rank']:.0f}, among new people's"
+                  f"    asked for the name, the right one is on rank {scores['rank']:.0f}, of new people's"
                   f" names on rank {scores['rank_new']:.0f} (medians)"]
     return "\n".join(lines)
 
