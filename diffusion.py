@@ -158,8 +158,8 @@ def decode_ar(model, tokens, blank):
 
 
 def surest(confidence):
-    """(B, T) -> bool: in each row the one place where the model is surest. To fill two a step, or, with
-    `| (confidence > .9)`, all that it is surer of than that, change the next line: only blanks are filled."""
+    """(B, T) -> bool: in each row the one place where the model is surest. To fill two a step, change the
+    next line; with `| (confidence > .9)` it adds all places above that. Only blanks are ever filled."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 

@@ -5,8 +5,8 @@ What a user would pick instead: nanoGPT's model with AdamW, and torch's own Muon
     python .lab/rivals.py torch_muon --mode ar --seed 1
     python .lab/rivals.py ours --mode ar --seed 1
 
-Twenty exams in a run, so that one can read off when a score is reached. Bases are not shared with train.py: run each
-rate in a folder of its own.
+Twenty exams in a run, so that one can read off when a score is reached. Bases have the names that those of
+train.py have: run each rate of pretraining in a folder of its own.
 """
 import sys
 from pathlib import Path

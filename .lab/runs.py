@@ -6,7 +6,7 @@ skipped, what was interrupted goes on. From the root of the repository:
     python .lab/runs.py 2 part 0     seed 2 alone, and of the rows a fourth: twelve processes can share a GPU
     python .lab/runs.py 2 books      seed 2 alone, rows with "books"
     python .lab/runs.py collect      out/*/result.json -> .lab/runs.jsonl
-    python .lab/runs.py less         the README's table of differences, seed by seed, from .lab/runs.jsonl
+    python .lab/runs.py less         differences of rows, seed by seed, from .lab/runs.jsonl
 
 `MODES` and `WORLDS` get the rows below, which are experiments and no part of the lesson.
 """
@@ -96,22 +96,22 @@ LESS = (("masked-none", "ar-none"), ("diffusion-none", "masked-none"), ("masked_
         ("random_prompt-none", "ar-none"))
 
 
-def differences():
-    """One row is another less a third, seed by seed: runs with one seed share people, base and order of rows."""
+def less():
+    """Print pairs of rows, one less the other, seed by seed: a seed has one set of people."""
     runs = {run["name"]: run for run in map(json.loads, Path(".lab/runs.jsonl").read_text().splitlines())}
     for a, b in LESS:
         pairs = [(runs[f"{a}-seed{seed}"], runs[f"{b}-seed{seed}"]) for seed in (1, 2, 3)]
         cells = []
         for score in ("forward", "backward"):
-            less = [x[score] - y[score] for x, y in pairs]
-            cells.append(f"{mean(less):+.3f}±{stdev(less):.3f}")
+            differences = [x[score] - y[score] for x, y in pairs]
+            cells.append(f"{mean(differences):+.3f}±{stdev(differences):.3f}")
         print(f"|`{a}` less `{b}`|{'|'.join(cells)}|")
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words == ["less"]:
-        sys.exit(differences())
+        sys.exit(less())
     if words == ["collect"]:
         lines = [{"name": path.parent.name, **json.loads(path.read_text())}
                  for path in sorted(Path("out").glob("*/result.json"))]

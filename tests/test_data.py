@@ -207,7 +207,8 @@ def test_nobody_shares_a_name_or_all_facts(monkeypatch):
 
 def test_a_world_where_nobody_can_be_asked_for_says_so(monkeypatch):
     """Twenty-five people, six facts with two values each, one clue a question: every clue fits many."""
-    facts = {a + b: Attribute([a, b], ["has"], "is of", "has") for a, b in ("AB", "CD", "EF", "GH", "IJ", "KL")}
+    pairs = ("AB", "CD", "EF", "GH", "IJ", "KL")
+    facts = {a + b: Attribute([a, b], ["has"], "is of", "has") for a, b in pairs}
     monkeypatch.setitem(WORLDS, "crowded", World(facts, "Who {}?", {}))
     with pytest.raises(SystemExit, match="^no backward question fits one person alone[^\n]*$"):
         make_corpus(settings("crowded", known=20, new=5))
