@@ -246,7 +246,7 @@ def report(scores):
             ("backward", "new people: question, attributes -> name"),
             ("known_forward", "known people: question, name -> attribute"),
             ("known_backward", "known people: question, attributes -> name"),
-            ("known_unasked", "known people: the same, not in training")):
+            ("known_unasked", "known people: the same, from clues never asked")):
         if name in scores:
             before = scores.get("exams", [{}])[0].get(name)
             before = "    " if before is None else f"{before:.2f}"
@@ -258,8 +258,8 @@ def report(scores):
         lines += ["what it knows, but may be unable to say, of the first new people:",
                   f"    by its own forward answers (Bayes), the right one of {people} is the likeliest: "
                   f"{scores['bayes']:.2f}",
-                  f"    asked for the name, the right one is on rank {scores['rank']:.0f}, of new people's"
-                  f" names on rank {scores['rank_new']:.0f} (medians)"]
+                  f"    rank of the right name, when asked for it: {scores['rank']:.0f} of all, "
+                  f"{scores['rank_new']:.0f} of new people's (medians)"]
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """
-All published runs, and those still to be made: each line of ROWS with seeds 1, 2 and 3; what is finished is
-skipped, what was interrupted goes on. From the root of the repository:
+All published runs: each line of THRICE with seeds 1, 2 and 3, each of ONCE with seed 1; what is finished is
+skipped, what was interrupted goes on. (What begins with `untied` or `nanogpt` is in LOG.md.) From the root of
+the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 part 0     seed 2 alone, and of the rows a fourth: twelve processes can share a GPU
@@ -13,13 +14,14 @@ skipped, what was interrupted goes on. From the root of the repository:
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import diffusion
-from data import MARKS, WORLDS
+from data import ARMS, MARKS, WORLDS
 from diffusion import MODES, Mode, ar, corrupt, decode_ar, masked, with_response
 
 
@@ -55,35 +57,70 @@ MODES["masked_doc_mark"] = Mode("the response opens with [doc]", doc_mark, "ar",
 other = {name: a._replace(clue=a.name_first[4]) for name, a in WORLDS["biographies"].attributes.items()}
 WORLDS["other_clues"] = WORLDS["biographies"]._replace(attributes=other)
 
-ALONE = "--new_share 1 --question_share 0 --lr .0002 --embed_lr .0004 --forget 0 --embed_forget 0"
+# An identity bridge (2602.02470): one more text, "NAME is NAME."
+ARMS["bridge"] = ARMS["none"]._replace(about="one text, and NAME is NAME.")
+documents = data.documents
+
+
+def with_bridge(person, arm, *more):
+    bridge = [(None, [person.name, "is", person.name, "."])]
+    return documents(person, arm, *more) + [bridge] * (arm is ARMS["bridge"])
+
+
+data.documents = with_bridge
+
+import train  # now that it finds these modes, worlds and arms
+pretrain = train.pretrain
+
+
+def after_documents(settings, corpus):
+    """What a run starts from: the base or, for a reminder (it has no document about new people), the model
+    that has read documents alone."""
+    base = pretrain(settings, corpus)
+    if settings.new_share:
+        return base
+    alone = replace(settings, steps=train.Settings().steps, new_share=1.0, question_share=0.0)
+    folder = Path("out", train.name_of(alone, train.defaults(alone.world)))
+    return train.finetune(alone, corpus, base, folder).model
+
+
+train.pretrain = after_documents
+
+SLOWLY = "--lr .0005 --embed_lr .001 --forget 0 --embed_forget 0"
+ALONE = f"--new_share 1 --question_share 0 {SLOWLY}"
+REMINDER = f"--new_share 0 --question_share .9 --steps 300 {SLOWLY}"
 PLAIN = "--known_paraphrases none"          # known people told in one text each
 ANYWHERE = "--known_paraphrases name_anywhere --texts 20"
 ALL = ("ar", "masked", "diffusion")
-ROWS = [f"--mode {mode} {flags}".strip() for modes, flags in (
+
+
+def rows(*groups):
+    return [f"--mode {mode} {flags}".strip() for modes, flags in groups for mode in modes]
+
+
+THRICE = rows(  # seeds 1, 2, 3
     # modes and arms
     (ALL, ""), (ALL, "--paraphrases same_order"), (ALL, "--paraphrases change_order --texts 5"),
+    (("diffusion",), "--pretrain_steps 2400 --steps 2000"),
     # the order of the text decides
     *((ALL, f"--world books --paraphrases {arm}") for arm in ("none", "name_last", "both_orders")),
+    *((ALL, f"{ANYWHERE} --paraphrases {arm}") for arm in ("change_order", "name_anywhere")),
+    # how often new people are told
+    *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 10, 20)),
     # cause
     (("masked_hidden", "masked_shown", "random_prompt", "masked_doc_mark"), ""),
+    (("masked", "diffusion"), "--paraphrases name_given"), (("diffusion",), "--mask_ratio .15 .15"),
+    # without masks; fewer steps
+    (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
+    (("ar",), "--steps 250"), (("ar",), "--steps 500"))
+ONCE = rows(    # seed 1
     *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1", "0 1")),
-    (("masked", "diffusion"), "--paraphrases name_given"),
-    (("diffusion",), "--mask_ratio .15 .15"),
     (("ar", "masked"), "--world other_clues --wordings 4"),
-    # how often new people are told, how richly known people
-    (("ar", "masked"), PLAIN),
-    *((ALL, f"--paraphrases change_order --texts {texts}") for texts in (1, 2, 20)),
-    *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 20)),
-    # known people with the name anywhere
-    *((ALL, f"{ANYWHERE} --paraphrases {arm}") for arm in ("change_order", "name_anywhere")),
-    (("ar", "masked"), f"{ANYWHERE} --paraphrases name_last"),
-    # rivals without masks
-    (("ar",), "--paraphrases reversed"),
-    *((("ar", "masked"), f"--optimizer adamw --lr {lr}") for lr in (".001", ".002", ".004")),
-    # documents alone; fewer and more steps
-    (ALL, ALONE), (("ar",), f"{ALONE} --paraphrases change_order --texts 5"),
-    *((("ar", "masked"), f"--steps {steps}") for steps in (250, 500, 2000)),
-) for mode in modes]
+    # how richly known people are told
+    (("ar", "masked"), PLAIN), *((ALL, f"--paraphrases change_order --texts {n}") for n in (1, 2, 20)),
+    (("ar", "masked"), "--optimizer adamw --lr .002"),
+    # documents alone, then a reminder
+    (ALL, ALONE), (("ar",), f"{ALONE} --paraphrases change_order --texts 5"), (ALL, REMINDER))
 
 
 def part_of(number, row):
@@ -92,8 +129,10 @@ def part_of(number, row):
     return 2 if "diffusion" in row else 3 if any(word in row for word in others) else number % 2
 
 
+ENDING = "-texts20-known_paraphrasesname_anywhere"
 LESS = (("masked-none", "ar-none"), ("diffusion-none", "masked-none"), ("masked_hidden-none", "masked-none"),
-        ("random_prompt-none", "ar-none"))
+        ("random_prompt-none", "ar-none"), ("masked_doc_mark-none", "masked-none"),
+        (f"masked-name_anywhere{ENDING}", f"masked-change_order{ENDING}"))
 
 
 def less():
@@ -117,12 +156,11 @@ if __name__ == "__main__":
                  for path in sorted(Path("out").glob("*/result.json"))]
         Path(".lab/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         sys.exit(f"{len(lines)} runs")
-    import train
     part = int(words.pop(words.index("part") + 1)) if "part" in words else None
-    seeds = [word for word in words if word.isdigit()] or ["1", "2", "3"]
+    seeds = [word for word in words if word.isdigit()]
     wanted = [word for word in words if not word.isdigit() and word != "part"]
-    for row in [row for i, row in enumerate(ROWS) if part in (None, part_of(i, row))]:
-        for seed in seeds:
+    for row in [row for i, row in enumerate(THRICE + ONCE) if part in (None, part_of(i, row))]:
+        for seed in seeds or (["1", "2", "3"] if row in THRICE else ["1"]):
             if all(word in row for word in wanted):
                 sys.argv[1:] = [*row.split(), "--seed", seed]
                 try:

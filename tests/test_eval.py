@@ -262,8 +262,9 @@ def test_curves_are_the_means_of_their_seeds(capfd):
 
 def test_every_figure_of_the_readme_is_in_the_runs():
     """Each cell of a table whose row begins with the name of a run is what `python eval.py .lab/runs.jsonl`
-    prints there; where a row is a run less another, it is the mean of their differences, seed by seed. Each
-    figure of three decimals in a paragraph is in the row of a mode that it names."""
+    prints there (what ends all its names may stand in the head alone); where a row is a run less another, it
+    is the mean of their differences, seed by seed. Each figure of three decimals in a paragraph is in the row
+    of a mode that it names."""
     results = evaluation.results_at(ROOT / ".lab" / "runs.jsonl")
     lines = evaluation.compare(results).splitlines()
     head, *rows = ([cell.strip() for cell in re.split("  +", line)] for line in lines)
@@ -272,17 +273,18 @@ def test_every_figure_of_the_readme_is_in_the_runs():
     def expected(row, column):
         a, *b = re.findall("`([^`]+)`", row)
         if not b:
-            return printed[a][column]
+            return printed[a + ending][column]
         if column == "seeds":
             return "3"
-        less = [results[f"{a}-seed{i}"][column] - results[f"{b[0]}-seed{i}"][column] for i in (1, 2, 3)]
+        one, other = a + ending, b[0] + ending
+        less = [results[f"{one}-seed{i}"][column] - results[f"{other}-seed{i}"][column] for i in (1, 2, 3)]
         return f"{mean(less):+.3f}±{stdev(less):.3f}"
     blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
-    columns, shown = [], set()  # (mode, figure)
+    columns, ending, shown = [], "", set()  # (mode, figure)
     for line in "\n".join(blocks).splitlines():
         row, *cells = line.strip("|").split("|")
-        if line.startswith("|run|"):
-            columns = cells
+        if line.startswith("|run"):
+            columns, ending = cells, "".join(re.findall("`(.+)`", row))
         elif line.startswith("|`"):
             for column, cell in zip(columns, cells):
                 assert cell == expected(row, column), (row, column)
