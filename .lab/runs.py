@@ -109,12 +109,12 @@ THRICE = rows(  # seeds 1, 2, 3
     *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 10, 20)),
     # cause
     (("masked_hidden", "masked_shown", "random_prompt", "masked_doc_mark"), ""),
+    *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1", "0 1")),
     (("masked", "diffusion"), "--paraphrases name_given"), (("diffusion",), "--mask_ratio .15 .15"),
     # without masks; fewer steps
     (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
     (("ar",), "--steps 250"), (("ar",), "--steps 500"))
 ONCE = rows(    # seed 1
-    *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1", "0 1")),
     (("ar", "masked"), "--world other_clues --wordings 4"),
     # how richly known people are told
     (("ar", "masked"), PLAIN), *((ALL, f"--paraphrases change_order --texts {n}") for n in (1, 2, 20)),
