@@ -1,7 +1,6 @@
 """
-All published runs: each line of THRICE with seeds 1, 2 and 3, each of ONCE with seed 1; what is finished is
-skipped, what was interrupted goes on. (What begins with `untied` or `nanogpt` is in LOG.md.) From the root of
-the repository:
+All published runs: each line of ROWS with seeds 1, 2 and 3; what is finished is skipped, what was interrupted
+goes on. (What begins with `untied` or `nanogpt` is in LOG.md.) From the root of the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 part 0     seed 2 alone, and of the rows a fourth: twelve processes can share a GPU
@@ -98,27 +97,26 @@ def rows(*groups):
     return [f"--mode {mode} {flags}".strip() for modes, flags in groups for mode in modes]
 
 
-THRICE = rows(  # seeds 1, 2, 3
+ROWS = rows(
     # modes and arms
     (ALL, ""), (ALL, "--paraphrases same_order"), (ALL, "--paraphrases change_order --texts 5"),
     (("diffusion",), "--pretrain_steps 2400 --steps 2000"),
     # the order of the text decides
     *((ALL, f"--world books --paraphrases {arm}") for arm in ("none", "name_last", "both_orders")),
     *((ALL, f"{ANYWHERE} --paraphrases {arm}") for arm in ("change_order", "name_anywhere")),
-    # how often new people are told
+    # how often new people are told, how richly known people
     *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 10, 20)),
+    *((ALL, f"--paraphrases change_order --texts {texts}") for texts in (1, 2, 20)),
+    (("ar", "masked"), PLAIN),
     # cause
     (("masked_hidden", "masked_shown", "random_prompt", "masked_doc_mark"), ""),
     *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1", "0 1")),
     (("masked", "diffusion"), "--paraphrases name_given"), (("diffusion",), "--mask_ratio .15 .15"),
-    # without masks; fewer steps
-    (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
-    (("ar",), "--steps 250"), (("ar",), "--steps 500"))
-ONCE = rows(    # seed 1
     (("ar", "masked"), "--world other_clues --wordings 4"),
-    # how richly known people are told
-    (("ar", "masked"), PLAIN), *((ALL, f"--paraphrases change_order --texts {n}") for n in (1, 2, 20)),
+    # without masks; without Muon; fewer steps
+    (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
     (("ar", "masked"), "--optimizer adamw --lr .002"),
+    (("ar",), "--steps 250"), (("ar",), "--steps 500"),
     # documents alone, then a reminder
     (ALL, ALONE), (("ar",), f"{ALONE} --paraphrases change_order --texts 5"), (ALL, REMINDER))
 
@@ -157,10 +155,10 @@ if __name__ == "__main__":
         Path(".lab/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         sys.exit(f"{len(lines)} runs")
     part = int(words.pop(words.index("part") + 1)) if "part" in words else None
-    seeds = [word for word in words if word.isdigit()]
+    seeds = [word for word in words if word.isdigit()] or ["1", "2", "3"]
     wanted = [word for word in words if not word.isdigit() and word != "part"]
-    for row in [row for i, row in enumerate(THRICE + ONCE) if part in (None, part_of(i, row))]:
-        for seed in seeds or (["1", "2", "3"] if row in THRICE else ["1"]):
+    for row in [row for i, row in enumerate(ROWS) if part in (None, part_of(i, row))]:
+        for seed in seeds:
             if all(word in row for word in wanted):
                 sys.argv[1:] = [*row.split(), "--seed", seed]
                 try:

@@ -263,8 +263,9 @@ def test_curves_are_the_means_of_their_seeds(capfd):
 def test_every_figure_of_the_readme_is_in_the_runs():
     """Each cell of a table whose row begins with the name of a run is what `python eval.py .lab/runs.jsonl`
     prints there (what ends all its names may stand in the head alone); where a row is a run less another, it
-    is the mean of their differences, seed by seed. Each figure of three decimals in a paragraph is in the row
-    of a mode that it names."""
+    is the mean of their differences, seed by seed. Each score of three decimals and each rank in a paragraph
+    is in the row of a mode that it names."""
+    figure_of = r"(?<![\d.])0?(\.\d{3}|[1-9]\d*\.\d)(?!\d)"
     results = evaluation.results_at(ROOT / ".lab" / "runs.jsonl")
     lines = evaluation.compare(results).splitlines()
     head, *rows = ([cell.strip() for cell in re.split("  +", line)] for line in lines)
@@ -289,10 +290,25 @@ def test_every_figure_of_the_readme_is_in_the_runs():
             for column, cell in zip(columns, cells):
                 assert cell == expected(row, column), (row, column)
                 shown |= {(mode, figure) for mode in re.findall(r"`(\w+)", row)
-                          for figure in re.findall(r"\.\d{3}", cell)}
+                          for figure in re.findall(figure_of, cell)}
     assert len(shown) > 40
     paper = {".153", ".002", ".966", ".678", ".892", ".696"}  # its version 6
     for block in blocks:
         if not block.startswith("|"):
             said = {figure for mode, figure in shown if f"`{mode}`" in block} | paper
-            assert {*re.findall(r"(?<![\d.])0?(\.\d{3})(?!\d)", block)} <= said, block
+            assert {*re.findall(figure_of, block)} <= said, block
+
+
+def test_the_readme_shows_what_seed_0_printed():
+    """Its two commands, and those for a class, train seed 0, whose results are in a file of their own. The
+    table after the first command is what that run printed."""
+    runs = evaluation.results_at(ROOT / ".lab" / "seed0.jsonl")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    pair = {name: [f"{run['forward']:.2f}", f"{run['backward']:.2f}"] for name, run in runs.items()}
+    assert " ".join(evaluation.report(runs["masked-none-seed0"]).split()) in readme
+    assert "forward {}, backward {}.".format(*pair["ar-none-seed0"]) in readme
+    books = "`ar` {} / {}, `masked` {} / {} (seed 0)".format(*pair["ar-none-books-seed0"],
+                                                             *pair["masked-none-books-seed0"])
+    assert books.replace(" 0.", " .") in readme
+    assert "Forward, from {} to {}.".format(pair["ar-none-books-seed0"][0],
+                                            pair["ar-none-books-texts5-seed0"][0]) in readme
