@@ -13,7 +13,7 @@ can also be answered by the model's own *forward* direction, with Bayes' rule (`
     python eval.py                          compare all finished runs under out/
     python eval.py --plot curves.svg        draw their scores over fine-tuning; --over texts: over a setting
     python eval.py out/RUN --exam           examine a stored model anew, say with a decoder that you changed
-    python eval.py out/RUN --ask            watch it write a biography, and an answer, token by token
+    python eval.py out/RUN --ask            watch it write a new person's biography, then say who that is
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
     python eval.py out/RUN --ask "[mask] [mask] [mask] comes from Elkton. He went to Reed."
 """
@@ -32,7 +32,7 @@ from statistics import mean, median, stdev
 
 import torch
 
-from data import (CANVAS, EXAMS, MARKS, TOKENIZER, WORDS, Row, decode, encode, forward_question, join,
+from data import (CANVAS, EXAMS, MARKS, NAME, TOKENIZER, WORDS, Row, decode, encode, forward_question, join,
                   make_corpus, question_row, stack, until_end, words_of)
 from diffusion import CAUSAL, MODES, logits_of_words, ratio_of
 from model import DEVICES, Transformer, load, write
@@ -407,7 +407,7 @@ def main():
     add("--plot", type=Path, metavar="FILE.svg", help="draw the runs' scores over fine-tuning into a file")
     add("--exam", action="store_true", help="examine a stored model with today's exam and decoders")
     add("--ask", nargs="?", const="", metavar="TEXT", help="let one run answer a question, or fill in each "
-        "[mask] of a text; without TEXT, write a biography, and a name")
+        "[mask] of a text; without TEXT, write a new person's biography, then answer who that is")
     parser.add_argument("--over", metavar="SETTING", help="with --plot: the last scores over this setting")
     args = parser.parse_args()
     if args.plot is not None and args.plot.suffix != ".svg" or args.over and not args.plot:
@@ -421,7 +421,8 @@ def main():
         if args.ask:
             return ask(model, mode, corpus, row_to_fill(args.ask, corpus))
         cloze, backward = corpus.exams["cloze"][0], corpus.exams["backward"][0]
-        ask(model, mode, corpus, [MARKS.doc] + [MARKS.mask] * (len(cloze.given) + cloze.blanks - 1))
+        name = cloze.given[:1 + NAME]  # with [doc]
+        ask(model, mode, corpus, name + [MARKS.mask] * (len(cloze.given) + cloze.blanks - len(name)))
         return ask(model, mode, corpus, backward.given + [MARKS.mask] * CANVAS)
 
     results = results_at(args.path)

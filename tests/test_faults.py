@@ -308,7 +308,7 @@ def test_what_cannot_be_asked_ends_in_one_line(text, reason, runs, capfd):
 @pytest.mark.parametrize("mode", ("masked", "diffusion"))
 def test_ask_shows_every_step_and_marks_the_newest_token(mode, runs, monkeypatch, capsys):
     """A canvas of four, one token a step: four lines, each with one token that stands out, then the answer.
-    Without TEXT: a biography out of nothing but blanks, then a question about that person. Whoever changes
+    Without TEXT: a biography, of which the name is given, then a question about that person. Whoever changes
     `surest` sees two tokens a step."""
     question = "What is the major of Curtis Chase Emley?"
     call(evaluation, f"out/{mode}", "--ask", question)
@@ -317,6 +317,7 @@ def test_ask_shows_every_step_and_marks_the_newest_token(mode, runs, monkeypatch
     assert all(line.count(">") == line.count("<") == 1 for line in lines) and ">" not in answer
     call(evaluation, f"out/{mode}", "--ask")
     shown = capsys.readouterr().out
+    assert "_" not in "".join(shown.split()[:4])  # [doc] and the name
     assert shown.count("[doc]") == shown.split("[question]")[0].count(">") > 30
     assert shown.count("[question]") == CANVAS
     two = lambda p: torch.zeros_like(p).scatter(1, p.topk(2).indices, 1).bool()
