@@ -5,7 +5,7 @@ goes on. (What begins with `untied` or `nanogpt` is in LOG.md.) From the root of
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 part 0     seed 2 alone, and of the rows a fourth: twelve processes can share a GPU
     python .lab/runs.py 2 books      seed 2 alone, rows with "books"
-    python .lab/runs.py collect      out/*/result.json -> .lab/runs.jsonl
+    python .lab/runs.py collect      out/*/result.json -> .lab/runs.jsonl, or another file named after it
     python .lab/runs.py less         differences of rows, seed by seed, from .lab/runs.jsonl
 
 `MODES` and `WORLDS` get the rows below, which are experiments and no part of the lesson.
@@ -149,10 +149,10 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     if words == ["less"]:
         sys.exit(less())
-    if words == ["collect"]:
+    if words[:1] == ["collect"]:
         lines = [{"name": path.parent.name, **json.loads(path.read_text())}
                  for path in sorted(Path("out").glob("*/result.json"))]
-        Path(".lab/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        Path(*(words[1:] or [".lab/runs.jsonl"])).write_text("".join(json.dumps(line) + "\n" for line in lines))
         sys.exit(f"{len(lines)} runs")
     part = int(words.pop(words.index("part") + 1)) if "part" in words else None
     seeds = [word for word in words if word.isdigit()] or ["1", "2", "3"]
