@@ -15,7 +15,7 @@ The exam asks about the same facts in two directions:
 How the documents are written, with one text a person or five, with the name first or last, is an *arm* of the
 experiment. In a run one seed decides everything. "The paper" is arXiv 2510.09885.
 
-    python data.py            print somebody of each world: documents in every arm, questions, tokens
+    python data.py            print somebody of each world: documents in every arm, and questions
 """
 import random
 import re
@@ -29,14 +29,14 @@ import tiktoken
 import torch
 
 # -----------------------------------------------------------------------------
-# Worlds and arms. To add an attribute or a world of your own, add an entry to `WORLDS`, near the end of this
-# file; `check` says what is wrong with one.
+# Worlds and arms. To add an attribute or a world of your own, add an entry to `WORLDS`, further down. `check`
+# says what is wrong with one.
 
 class Attribute(NamedTuple):
     """One kind of fact."""
     values: list        # all it can be: words used nowhere else, the same number of words (up to 3) in each
-    name_first: list    # how a document words it behind a name or pronoun: "He comes from" Elkton
-    name_last: str      # how it words it in front of a name: Elkton "gave us" Curtis Chase Emley
+    name_first: list    # ways to word it behind a name or pronoun: "He comes from" Elkton
+    name_last: str      # the way to word it in front of a name: Elkton "gave us" Curtis Chase Emley
     clue: str           # how a backward question words it: Who "was born in" Elkton
 
 
@@ -49,11 +49,9 @@ class World(NamedTuple):
 class Arm(NamedTuple):
     """One way to write the documents about a person."""
     about: str                      # for --help
-    texts: int = 1                  # texts per person (`reverse` doubles them)
+    texts: int = 1                  # texts a person
     change_order: bool = False      # the order of the facts changes from text to text
     name: tuple = ("first",)        # where the name stands in one text after the other: first, anywhere, last
-    reverse: bool = False           # each text a second time, its words in reverse order
-    name_given: bool = False        # the name is always shown, never masked or scored
 
 
 ARMS = {  # the first three as in the paper
@@ -63,8 +61,6 @@ ARMS = {  # the first three as in the paper
     "name_anywhere": Arm("as change_order, name in any sentence", 5, change_order=True, name=("anywhere",)),
     "name_last": Arm("one text that ends with the name", change_order=True, name=("last",)),
     "both_orders": Arm("two texts: name first, name last", 2, change_order=True, name=("first", "last")),
-    "reversed": Arm("one text, and the same backwards, names and values kept whole", reverse=True),
-    "name_given": Arm("one text; its name is always shown, never masked or scored", name_given=True),
 }
 
 # -----------------------------------------------------------------------------
@@ -77,8 +73,9 @@ class Person(NamedTuple):
 
 
 def make_people(n, world, rng):
-    """n people, no two with the same name or the same facts; each value is drawn independently."""
-    room = prod(len(attribute.values) for attribute in world.attributes.values())
+    """n people, no two with the same name or the same facts. Each value is drawn independently."""
+    names = len(MEN + WOMEN) * len(MIDDLE) * len(LAST)
+    room = min(names, prod(len(attribute.values) for attribute in world.attributes.values()))
     if n > room / 2:
         sys.exit(f"{n:,} people are too many for a world of {room:,} different ones: at most half as many")
     people, taken = [], set()
@@ -92,63 +89,26 @@ def make_people(n, world, rng):
     return people
 
 
-def documents(person, arm, world, wordings, rng):
-    """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts.
-
-    A text is a list of sentences, each with its attribute and its pieces, which stay whole in every arm (a
-    reversed text is one sentence, without an attribute):
-
-        [("birth city", ["He", "comes", "from", "Elkton", "."]), ...]
-
-    Each fact is worded in one of the first `wordings` ways, or in the one way that puts a name behind it.
-    """
+def documents(person, arm, world, rng):
+    """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts. Each
+    fact is worded in one of its ways or, in front of the name, in the one way that it has there."""
     texts = []
     for i in range(arm.texts):
         order = list(world.attributes)
         if arm.change_order:
             rng.shuffle(order)
         where = arm.name[i % len(arm.name)]
-        name_at = {"first": 0, "anywhere": rng.randrange(len(order)), "last": len(order) - 1}[where]
-        text = []
+        named = {"first": 0, "anywhere": rng.randrange(len(order)), "last": len(order) - 1}[where]
+        sentences = []
         for j, attribute in enumerate(order):
             value, ways = person.facts[attribute], world.attributes[attribute]
-            if j == name_at and where == "last":
-                pieces = [value, *ways.name_last.split(), person.name, "."]
+            if j == named and where == "last":
+                sentences.append(f"{value} {ways.name_last} {person.name}.")
             else:
-                subject = person.name if j == name_at else person.pronoun
-                pieces = [subject, *rng.choice(ways.name_first[:wordings]).split(), value, "."]
-            text.append((attribute, pieces))
-        texts.append(text)
-        if arm.reverse:  # A B . C D .  ->  D C . B A .
-            backwards = [piece for _, pieces in text for piece in pieces][-2::-1] + ["."]
-            texts.append([(None, backwards)])
+                subject = person.name if j == named else person.pronoun
+                sentences.append(f"{subject} {rng.choice(ways.name_first)} {value}.")
+        texts.append(" ".join(sentences))
     return texts
-
-
-def join(pieces):
-    """["He", "lives", "in", "Oslo", "."] -> 'He lives in Oslo.'"""
-    return re.sub(r" ([.,?])", r"\1", " ".join(pieces))
-
-
-def written(text):
-    """A text, its sentences and pieces joined."""
-    return join(piece for _, pieces in text for piece in pieces)
-
-
-def rungs(person, text, world):
-    """A value can be asked for with less and less help (eval.py). For each fact of a text, what two exams
-    show before its value -> [(attribute, recite, cloze)].
-
-    recite: all that the text has there ("Curtis Chase Emley was born on 28 May 1952. He comes from"). cloze:
-    the name and that fact's words ("Curtis Chase Emley comes from")."""
-    found, before = [], []
-    for attribute, pieces in text:
-        value = person.facts[attribute]
-        shown = pieces[:pieces.index(value)]  # nothing, in a sentence that ends with the name
-        wording = shown[1:] or world.attributes[attribute].name_first[0].split()
-        found.append((attribute, join(before + shown), join([person.name, *wording])))
-        before += pieces
-    return found
 
 
 def forward_question(person, attribute):
@@ -166,11 +126,11 @@ def backward_question(facts, world):
 
 
 # -----------------------------------------------------------------------------
-# Tokens: whole words of these worlds, single bytes for everything else
+# Tokens: marks, whole words of these worlds, single bytes for everything else
 
 class Marks(NamedTuple):
-    """The special tokens. `encode` never makes them: it spells even "[mask]" out in bytes."""
-    pad: int = 0        # fills a row to the common length: never attended, masked or scored
+    """The special tokens. In a text they stand in brackets: "[doc] He lives in Oslo. [end]"."""
+    pad: int = 0        # fills a row to the common length: never attended, hidden or scored
     mask: int = 1       # a hidden token
     end: int = 2        # closes a document; in an answer, fills the places that are left
     doc: int = 3        # opens a document
@@ -179,84 +139,67 @@ class Marks(NamedTuple):
 
 
 MARKS = Marks()
-NAME = 3        # tokens of a name
-CANVAS = 4      # tokens of every answer: up to three words, then [end]s
+CANVAS = 4  # tokens of every answer: up to three words, then [end]s
 
 
 def encode(text):
-    """Token ids of a text. The space in front gives its first word the same token as anywhere else."""
-    return TOKENIZER.encode_ordinary(" " + text)
-
-
-def until_end(ids):
-    """The ids before the first end mark."""
-    return ids[:ids.index(MARKS.end)] if MARKS.end in ids else ids
+    """The token ids of a text. A word and a mark have the space before them in their token, so a word has the
+    same one everywhere, even in front."""
+    return TOKENIZER.encode("".join(f" {word}" for word in text.split()), allowed_special="all")
 
 
 def decode(ids):
-    """The text of a list of ids up to the first end mark, the inverse of `encode`."""
-    return TOKENIZER.decode(until_end(ids)).removeprefix(" ")
+    """The text of a list of ids, the inverse of `encode`."""
+    return TOKENIZER.decode(ids).removeprefix(" ")
 
 
-def words_of(ids):
-    """One readable string per token id: "[mask]", "Curtis", "."."""
-    return [TOKENIZER.decode([i]).strip() for i in ids]
-
-
-class Row(NamedTuple):
-    """One row of a batch, as lists of token ids."""
-    given: list     # comes first: always shown, never hidden or scored
-    rest: list      # what is learned or, in an exam, asked for
-
-
-def document_row(text, name_given=False):
-    """[doc] text [end]. Given is [doc] and, if `name_given`, the name, which then must come first."""
-    ids, given = [MARKS.doc, *encode(text), MARKS.end], 1 + NAME * name_given
-    return Row(ids[:given], ids[given:])
+def document_row(text):
+    """A row is two texts: what is given, always shown and never hidden or scored, and what is learned."""
+    return "[doc]", f"{text} [end]"
 
 
 def question_row(question, answer):
-    """[question] words [answer] canvas. The canvas, the answer and [end]s, has always CANVAS tokens, so that
-    their number does not tell the answer's length."""
-    ids = encode(answer)
-    return Row([MARKS.question, *encode(question), MARKS.answer], ids + [MARKS.end] * (CANVAS - len(ids)))
-
-
-def longest(world):
-    """Tokens of the longest document that the world can have; every document's row is that wide."""
-    sentences = [max(len(encode(f"{way} {attribute.values[0]}.")) for way in
-                     [*attribute.name_first, attribute.name_last]) for attribute in world.attributes.values()]
-    pronouns = len(sentences) - 1
-    return len([MARKS.doc, MARKS.end]) + NAME + pronouns + sum(sentences)
+    """The answer and the [end]s behind it have always CANVAS tokens, so that their number does not tell the
+    answer's length."""
+    return f"[question] {question} [answer]", answer + " [end]" * (CANVAS - len(encode(answer)))
 
 
 def stack(rows, width=0):
-    """Rows -> tokens (N, T) int64, padded on the right, and learned (N, T) bool: the places of `rest`, which
-    an objective may hide and score. T: `width` or, if 0, the length of the longest row."""
-    width = width or max(len(given) + len(rest) for given, rest in rows)
+    """Rows -> tokens (B, T) int64, padded on the right, and learned (B, T) bool: the places that an objective
+    may hide and score. T is `width` or, if that is 0, the length of the longest row."""
+    ids = [(encode(given), encode(rest)) for given, rest in rows]
+    width = width or max(len(given + rest) for given, rest in ids)
     tokens = torch.full((len(rows), width), MARKS.pad)
     learned = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (given, rest) in enumerate(rows):
-        end = len(given) + len(rest)
-        tokens[i, :end] = torch.tensor(given + rest)
-        learned[i, len(given):end] = True
+    for i, (given, rest) in enumerate(ids):
+        tokens[i, :len(given + rest)] = torch.tensor(given + rest)
+        learned[i, len(given):len(given + rest)] = True
     return tokens, learned
 
 
-# -----------------------------------------------------------------------------
-# The corpus: everything a run reads and is asked
+def longest(world):
+    """Tokens of the longest document that the world can have. All documents are padded to that width: behind
+    the prompt of `masked` the response must begin at the same position in training and in the exam."""
+    sentences = [max(len(encode(f"{way} {attribute.values[0]}.")) for way in
+                     [*attribute.name_first, attribute.name_last]) for attribute in world.attributes.values()]
+    name, pronouns = len(encode(f"{MEN[0]} {MIDDLE[0]} {LAST[0]}")), len(sentences) - 1
+    return len(encode("[doc] [end]")) + name + pronouns + sum(sentences)
 
-QUESTIONS = ("forward", "backward",                             # about new people
+
+# -----------------------------------------------------------------------------
+# The corpus: everything that a run reads and is asked
+
+QUESTIONS = ("forward", "backward",                                 # about new people
              "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
-EXAMS = ("recite", "cloze", *QUESTIONS)
+EXAMS = ("recite", *QUESTIONS)
 UNASKED = 10    # one backward question in so many about known people is kept for that last exam
 
 
 class Item(NamedTuple):
     """What an exam asks. To split a score, by attribute or by anything else, ask the item."""
-    given: list         # the ids that are shown
-    truth: list         # the ids that must follow
-    blanks: int         # how many [mask]s follow; the truth fills the first of them
+    given: str          # what is shown, up to the first [mask]
+    truth: str          # what must follow; of a question all of the canvas, "Elkton [end] [end] [end]"
+    masks: int          # how many [mask]s follow what is given; the truth fills the first of them
     person: Person
     attributes: tuple   # the one that is asked for or, backward, those of the clues
 
@@ -271,60 +214,66 @@ class Corpus(NamedTuple):
     exams: dict         # name -> [Item]
 
 
-def ask(person, attributes, question, answer):
-    return Item(*question_row(question, answer), CANVAS, person, attributes)
-
-
 def make_corpus(settings):
     """Documents of known and new people, questions about the known, exams about both.
 
     Read from `settings`: world, known, new (how many people), paraphrases, texts (of new people; 0 texts: as
-    many as the arm has), known_paraphrases, wordings, seed. The arm of new people changes nothing that is
-    read about known people, so one base serves all arms.
+    many as the arm has), known_paraphrases, seed. The arm of new people changes nothing that is read about
+    known people, so one base serves all arms.
     """
     world, rng = WORLDS[settings.world], random.Random(settings.seed)
     check(world)
     people = make_people(settings.known + settings.new, world, rng)
-    n_people = Counter(facts for person in people for facts in clues(person, world))  # whom they fit
-    arms = {"known": ARMS[settings.known_paraphrases], "new": ARMS[settings.paraphrases]}
+    how_many_fit = Counter(facts for person in people for facts in clues(person, world))
+    known_arm, new_arm = ARMS[settings.known_paraphrases], ARMS[settings.paraphrases]
     if settings.texts:
-        arms["new"] = arms["new"]._replace(texts=settings.texts)
+        new_arm = new_arm._replace(texts=settings.texts)
     rows = {"known": [], "new": [], "known_forward": [], "known_backward": []}
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
-        group = "known" if i < settings.known else "new"
         own_rng = random.Random(f"{settings.seed} {person.name}")  # so an arm changes no one else's texts
-        texts = documents(person, arms[group], world, settings.wordings, own_rng)
-        rows[group] += [document_row(written(text), arms[group].name_given) for text in texts]
-
-        forward = [ask(person, (a,), forward_question(person, a), value) for a, value in person.facts.items()]
-        backward = [ask(person, tuple(a for a, _ in facts), backward_question(facts, world), person.name)
-                    for facts in clues(person, world) if n_people[facts] == 1]
+        texts = documents(person, known_arm if i < settings.known else new_arm, world, own_rng)
+        forward = [Item(*question_row(forward_question(person, attribute), value), CANVAS, person, (attribute,))
+                   for attribute, value in person.facts.items()]
+        backward = [Item(*question_row(backward_question(facts, world), person.name), CANVAS, person,
+                         tuple(attribute for attribute, _ in facts))
+                    for facts in clues(person, world) if how_many_fit[facts] == 1]
         rng.shuffle(backward)
-        if group == "known":
-            # Counted from i: else those who have but one such question would all keep it.
-            asked = [item for j, item in enumerate(backward, i) if j % UNASKED != UNASKED - 1]
-            rows["known_forward"] += [Row(item.given, item.truth) for item in forward]
-            rows["known_backward"] += [Row(item.given, item.truth) for item in asked]
+        if i < settings.known:
+            # One in ten is kept back. The count starts at i, or a world with one such question a person would
+            # keep back none or all of them.
+            unasked = [item for j, item in enumerate(backward, start=i + 1) if j % UNASKED == 0]
+            asked = [item for item in backward if item not in unasked]
+            rows["known"] += [document_row(text) for text in texts]
+            rows["known_forward"] += [(item.given, item.truth) for item in forward]
+            rows["known_backward"] += [(item.given, item.truth) for item in asked]
             if i < settings.new:  # no more known than new people are examined
                 exams["known_forward"] += forward
                 exams["known_backward"] += asked[:2]
-                exams["known_unasked"] += [item for item in backward if item not in asked]
+                exams["known_unasked"] += unasked
         else:
+            rows["new"] += [document_row(text) for text in texts]
+            exams["recite"] += recite(person, texts[0])
             exams["forward"] += forward
             exams["backward"] += backward[:4]
-            length = len(encode(written(texts[0]))) + 2  # with [doc] and [end]
-            for attribute, recite, cloze in rungs(person, texts[0], world):
-                for name, text in (("recite", recite), ("cloze", cloze)):
-                    if person.name in text:  # not in `recite`, if the name comes later than this value
-                        given, truth = [MARKS.doc, *encode(text)], encode(person.facts[attribute])
-                        exams[name].append(Item(given, truth, length - len(given), person, (attribute,)))
     if not (rows["known_backward"] and exams["backward"]):
         sys.exit("no backward question fits one person alone: give this world more values")
     width = longest(world)
-    widest = max(len(given) + len(rest) for given, rest in rows["known_forward"] + rows["known_backward"])
-    tensors = {name: stack(group, width if name in arms else widest) for name, group in rows.items()}
+    of_questions = stack(rows["known_forward"] + rows["known_backward"])[0].size(1)
+    tensors = {name: stack(group, of_questions if "_" in name else width) for name, group in rows.items()}
     return Corpus(world, width, settings.known, people, tensors, exams)
+
+
+def recite(person, text):
+    """Can a text be continued? For each fact, all that it says before the value is given, and [mask]s up to
+    the length of the text. A value that comes before the name is left out: nobody can know whose it is."""
+    items, length = [], len(encode(f"[doc] {text} [end]"))
+    for attribute, value in person.facts.items():
+        before = text[:re.search(rf"\b{value}\b", text).start()]
+        if person.name in before:
+            given = f"[doc] {before.strip()}"
+            items.append(Item(given, value, length - len(encode(given)), person, (attribute,)))
+    return items
 
 
 # -----------------------------------------------------------------------------
@@ -424,19 +373,21 @@ TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in W
 TOKENIZER = tiktoken.Encoding(
     "worlds", pat_str=r" ?\w+|[^\w\s]|\s",
     mergeable_ranks={token: len(MARKS) + i for i, token in enumerate(TOKENS)},
-    special_tokens={f"[{mark}]": i for mark, i in MARKS._asdict().items()})
+    special_tokens={f" [{mark}]": i for mark, i in MARKS._asdict().items()})
 
 
 def check(world):
     """End with a line that names the entry if one does not keep to what `Attribute` asks for."""
+    if not 1 <= world.who.count("{}") <= len(world.attributes):
+        sys.exit(f"data.py, {world.who!r}: give it a {{}} for each clue, at most one an attribute")
     pools = {"first names": MEN + WOMEN, "middle names": MIDDLE, "last names": LAST, "wordings": []}
     for name, attribute in world.attributes.items():
         pools[name] = attribute.values
         pools["wordings"] += [*attribute.name_first, attribute.name_last, attribute.clue]
-        lengths = sorted({len(value.split()) for value in attribute.values})
-        if len(lengths) > 1 or lengths[0] >= CANVAS:
-            sys.exit(f"data.py, {name}: values of {lengths} words; give all the same number, below {CANVAS}")
-        if not all(value.replace(" ", "").isalnum() for value in attribute.values):
+        lengths = {len(value.split()) for value in attribute.values}
+        if len(lengths) > 1 or max(lengths) >= CANVAS:
+            sys.exit(f"data.py, {name}: give all values the same number of words, below {CANVAS}")
+        if not "".join(attribute.values).replace(" ", "").isalnum():
             sys.exit(f"data.py, {name}: a value is not made of letters and digits")
     pool_of = {}  # word -> its pool
     for name, pool in pools.items():
@@ -447,14 +398,11 @@ def check(world):
 
 if __name__ == "__main__":
     for world_name, world in WORLDS.items():
-        check(world)
         rng = random.Random()
         [person] = make_people(1, world, rng)
         for arm_name, arm in ARMS.items():
-            texts = map(written, documents(person, arm, world, 5, rng))
+            texts = documents(person, arm, world, rng)
             print(f"--world {world_name} --paraphrases {arm_name}", *texts, sep="\n    ", end="\n\n")
-        pairs = [(forward_question(person, a), value) for a, value in person.facts.items()]
-        pairs += [(backward_question(facts, world), person.name) for facts in clues(person, world)[-2:]]
-        print("questions", *(f"{question} -> {answer}" for question, answer in pairs), sep="\n    ")
-        given, canvas = question_row(*pairs[-1])
-        print("\ntokens of the last question:", *words_of(given + canvas), end="\n\n\n")
+        for attribute, value in person.facts.items():
+            print(" ", *question_row(forward_question(person, attribute), value))
+        print(" ", *question_row(backward_question(clues(person, world)[-1], world), person.name), "\n\n")

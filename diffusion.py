@@ -1,5 +1,5 @@
 """
-Corruption, the objectives, the loss they share, and the decoders.
+Corruption, the objectives, the decoders, and the table of modes.
 
 `masked` is `ar` on a longer row: a document full of holes, and then the whole document, which alone is
 scored. What goes in, and under each token what is asked there (both halves are padded to one length, not
@@ -20,87 +20,93 @@ So a causal model, too, learns a fact in every direction: whatever was hidden mu
 With `ar` it does not: on a text that starts with the name it learns p(name) and p(facts | name), but
 p(name | facts) is not in its loss.
 
-    python diffusion.py        print what goes into the model and, under each token, what it must predict
+    python diffusion.py        print what goes into the model and, beside each token, what it must predict
     python train.py --mode masked --mask_ratio 0 1
 
 Shapes: tokens (B, T), of documents or questions padded on the right; learned (B, T) bool, true where
 something may be hidden and scored. In training, randomness comes from `generator` alone.
 """
-from inspect import signature
-from itertools import zip_longest
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import MARKS, TOKENIZER, WORDS, document_row, question_row, stack, words_of
+from data import MARKS, decode, document_row, question_row, stack
 
 # -----------------------------------------------------------------------------
 # Corruption
 
 def corrupt(learned, ratio, generator):
-    """Choose which of the `learned` (B, T) positions to hide. `ratio`: (low, high); for each row a share t is
+    """Choose which of the `learned` (B, T) positions to hide. `ratio`: (low, high). For each row a share t is
     drawn evenly between them, and ceil(t L) of its L tokens are hidden.
 
     Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses: 1 / k for each of the k
-    hidden tokens of a row, so that the row's loss is M_k, their mean cross-entropy. Why? Reveal a text one
-    token at a time, in random order. With two tokens, a and b, the two orders cost
+    hidden tokens of a row, so that the loss of a row is the mean cross-entropy of its hidden tokens. Why? Call
+    the expectation of that mean M_k, over all ways to hide k tokens. Reveal a text one token at a time, in
+    random order. With two tokens, a and b, the two orders cost
 
-        -log p(a) - log p(b | a)    and    -log p(b) - log p(a | b);    their mean is  E[M_2] + E[M_1].
+        -log p(a) - log p(b | a)    and    -log p(b) - log p(a | b);    their mean is  M_2 + M_1.
 
-    With L tokens, while k are hidden, each may be the next, so the next one costs M_k on average:
+    With L tokens, while k are hidden, each of them may be the next, so the next one costs M_k on average:
 
-        mean over all orders of -log p(x)  =  E[M_L] + ... + E[M_1]  =  L x mean over k of E[M_k]
+        mean over all orders of -log p(x)  =  M_L + ... + M_1  =  L x the mean of M_k over k
 
     With k drawn evenly from 1..L, which is `ratio` (0, 1), one row estimates that mean: the loss per token,
     comparable with `ar`'s. (This is the negative ELBO: it bounds -log p(x) of the mixture of all orders.)
-    The paper's t is in .05 .. .95, weighted 1/t (eq. 1): that, or (.05, .95) here, is *not* the ELBO.
+    Hiding each token with probability t and weighing it by 1 / t, as in eq. 1 of the paper, has the same
+    expectation if t is drawn from 0 to 1. The paper draws it from .05 to .95. That, like (.05, .95) here,
+    makes some k rarer than others, and so it is not the ELBO.
+
+    A batch holds the rows of known people first, then those of new people. Whoever draws the t of a batch
+    from slices of the range must permute them, or known people's documents get all the small ones.
     """
     low, high = ratio
-    t = low + (high - low) * torch.rand(len(learned), 1, generator=generator)  # (B, 1); a schedule goes here
+    t = low + (high - low) * torch.rand(len(learned), 1, generator=generator)       # (B, 1)
+    # A schedule goes here. It should map t into low .. high, since `masked` and the exam pass narrow ranges.
     assert 0 <= t.min() and t.max() <= 1, "corrupt: a share t of tokens to hide must lie in 0 .. 1"
-    L = learned.sum(1, keepdim=True)                                           # (B, 1)
-    k = (t * L - 1e-4).ceil().long()  # (B, 1); a hair less, for .6 x 25 may be 15.000001
-    draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)  # too fine for ties
-    draws = draws.masked_fill(~learned, 2)                                     # (B, T), the given comes last
-    kth = draws.sort(dim=1).values.gather(1, (k - 1).clamp(min=0))             # (B, 1), the k-th smallest
-    hidden = learned & (draws <= kth) & (k > 0)                                # (B, T)
+    L = learned.sum(1, keepdim=True)                                                # (B, 1)
+    k = (t * L - 1e-4).ceil()   # (B, 1). Without the 1e-4, .6 x 25 = 15.000001 would be rounded up to 16
+    draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)     # too fine for ties
+    draws = draws.masked_fill(~learned, 2)              # what is given comes last
+    rank = draws.argsort(1).argsort(1)                  # (B, T): 0 for the smallest draw of a row
+    hidden = rank < k                                   # (B, T): the k smallest
     return hidden, hidden / k.clamp(min=1)
 
 
 # -----------------------------------------------------------------------------
-# Objectives: (tokens, learned, generator[, ratio]) -> inputs, targets, weights
+# Objectives: (tokens, learned, generator, ratio) -> inputs, targets, weights
 #
-# `tokens` are documents or questions; of a question only its answer is learned. (Questions only meet `ar` and
-# `diffusion`, the objectives of the two bases: see `Mode`.) --mask_ratio is for documents, and for objectives
-# with a `ratio`; questions keep the default.
+# `tokens` are documents or questions. Of a question only the answer is learned. Questions meet only the
+# objectives of the two bases, `ar` and `diffusion`, with the ratio that stands in their row of `MODES`.
+# --mask_ratio is for documents.
 
-def ar(tokens, learned, generator=None):
-    """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over what is learned of each row."""
+def ar(tokens, learned, generator=None, ratio=None):
+    """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over what is learned of each row. Nothing is
+    hidden, so it needs neither generator nor ratio."""
     scored = learned[:, 1:]
     return tokens[:, :-1], tokens[:, 1:], scored / scored.sum(1, keepdim=True)
 
 
-def diffusion(tokens, learned, generator, ratio=(0, 1)):
+def diffusion(tokens, learned, generator, ratio):
     """Masked diffusion, arXiv 2510.09885 eq. 1, weighted as in `corrupt`. Position i predicts token i."""
     hidden, weights = corrupt(learned, ratio, generator)
     return tokens.masked_fill(hidden, MARKS.mask), tokens, weights
 
 
 def with_response(prompts, tokens, places):
-    """Prompts and documents (B, T) -> rows (B, 2T): prompt, then the document with [answer] instead of [doc].
-    Padding between them is never attended.
+    """Prompts and documents (B, T) -> rows (B, 2T): the prompt, then the document with [answer] instead of
+    [doc]. Padding between them is never attended.
 
     `places` (B, T) bool are positions of the documents: in training `learned`, in an exam the blanks. In what
     is returned (B, 2T) they stand in the second half. The prompt has none, so it is only read: a loss on it
-    would teach to write masks."""
+    would teach the model to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
     none = torch.zeros_like(places)
     return torch.cat((prompts, response), dim=1), torch.cat((none, places), dim=1)
 
 
-def masked(tokens, learned, generator, ratio=(0.75, 0.75)):
+def masked(tokens, learned, generator, ratio):
     """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | x', x_<i). All of the response is
     scored, even what the prompt shows, for in an exam, too, it is written from its first word on."""
     hidden, _ = corrupt(learned, ratio, generator)
@@ -108,58 +114,39 @@ def masked(tokens, learned, generator, ratio=(0.75, 0.75)):
     return ar(*with_response(prompts, tokens, learned))
 
 
-def with_random_words(tokens, shape, generator):
-    """Tokens (B, T) with a random word in place of each, but for the first mark and padding. `shape`: (B, T)
-    or, for the same words in every row, (T,)."""
-    words = torch.randint(TOKENIZER.n_vocab - len(WORDS), TOKENIZER.n_vocab, shape, generator=generator)
-    text = tokens != MARKS.pad
-    text[:, 0] = False
-    return torch.where(text, words.to(tokens.device), tokens)
-
-
-def random_prompt(tokens, learned, generator):
-    """The paper's control for `masked`: a prompt of the same length, made of random words."""
-    prompts = with_random_words(tokens, tokens.shape, generator)
-    return ar(*with_response(prompts, tokens, learned))
-
-
-def loss(model, inputs, targets, weights):
-    """sum(weights x cross-entropy) / B, in nats per token: a weighted sum in each row, then their mean."""
-    if inputs.is_cuda:  # logits everywhere, (BT, V): recordings (model.py) need shapes that never change
-        logits, targets, weights = model(inputs).flatten(0, 1), targets.flatten(), weights.flatten()
-    else:  # only where they count, (S, V)
-        at = weights > 0
-        logits, targets, weights = model(inputs, at), targets[at], weights[at]
-    nll = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (nll * weights).sum() / len(inputs)
-
-
 # -----------------------------------------------------------------------------
 # Decoders fill the places `blank` (B, T) bool of tokens (B, T). They are generators: after each step they
-# yield all tokens. Those that put a prompt in front yield (B, 2T): prompt, then document.
+# yield all tokens. The one that puts a prompt in front yields (B, 2T): prompt, then document.
 
-def logits_of_words(model, tokens, at):
-    """(S, V) float32 logits where `at` is true. All marks but [end] are ruled out: they are never answers."""
-    logits = model(tokens, at).float()
-    logits[:, [mark for mark in MARKS if mark != MARKS.end]] = -torch.inf
+def logits_of_words(model, tokens, at=None):
+    """The logits of the model, in which all marks but [end] are ruled out: they are never answers."""
+    logits = model(tokens, at)
+    logits[..., [mark for mark in MARKS if mark != MARKS.end]] = -torch.inf
     return logits
 
 
 @torch.no_grad()
 def decode_ar(model, tokens, blank):
-    """Greedy, from left to right: the most likely next token."""
+    """Greedy, from left to right: the most likely next token. One step of a row with two blanks:
+
+        tokens    [doc]   He      lives   in      [mask]  [mask]
+        blank     no      no      no      no      yes     yes
+        now       no      no      no      no      yes     no          the first blank
+        ahead     -       ...     ...     ...     Oslo    ...         what the token before it predicts
+    """
     while blank.any():
-        now = blank & (blank.cumsum(1) == 1)  # (B, T): each row's first blank, if it has one left
-        before = now.roll(-1, dims=1)         # the place before it predicts it
-        best = logits_of_words(model, tokens, before).argmax(-1)  # (S,)
-        tokens = tokens.masked_scatter(now, best)
+        now = blank & (blank.cumsum(1) == 1)                # (B, T): a row without blanks has none
+        ahead = logits_of_words(model, tokens).argmax(-1).roll(1, dims=1)  # (B, T): i's answer is token i + 1
+        tokens = torch.where(now, ahead, tokens)
         blank = blank & ~now
         yield tokens
 
 
 def surest(confidence):
-    """(B, T) -> bool: in each row the one place where the model is surest. To fill two a step, change the
-    next line; with `| (confidence > .9)` it adds all places above that. Only blanks are ever filled."""
+    """(B, T) -> bool: in each row the one place where the model is surest. Confidence is its probability of
+    the best token, and 0 where nothing is blank. To fill two places a step, change the next line. Adding
+    `| (confidence > .9)` fills all places above that as well. Only blanks are ever written: a row without
+    any keeps its tokens, whatever is chosen here."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 
@@ -167,16 +154,15 @@ def surest(confidence):
 def decode_diffusion(model, tokens, blank):
     """Mask the blanks, then fill first the one the model is surest of; what is filled stays.
 
-    One token per step makes this an autoregressive model whose order depends on what is already revealed; two
+    One token per step makes this an autoregressive model whose order depends on what is already revealed. Two
     per step would be chosen without seeing each other.
     """
     tokens = tokens.masked_fill(blank, MARKS.mask)
     while blank.any():
-        p, best = logits_of_words(model, tokens, blank).softmax(-1).max(-1)  # (S,): of each blank
-        confidence = torch.zeros(blank.shape, device=p.device).masked_scatter(blank, p)
-        words = tokens.masked_scatter(blank, best)
-        now = surest(confidence) & blank
-        tokens = torch.where(now, words, tokens)
+        p, best = logits_of_words(model, tokens).softmax(-1).max(-1)    # (B, T) each
+        now = surest(p.masked_fill(~blank, 0)) & blank                  # (B, T)
+        assert now.any(), "surest must choose a blank while there is one, or this never ends"
+        tokens = torch.where(now, best, tokens)
         blank = blank & ~now
         yield tokens
 
@@ -186,64 +172,37 @@ def decode_masked(model, tokens, blank):
     return decode_ar(model, *with_response(tokens.masked_fill(blank, MARKS.mask), tokens, blank))
 
 
-def decode_random_prompt(model, tokens, blank):
-    """The same after a prompt of random words; the same words for every row."""
-    prompts = with_random_words(tokens, tokens.shape[1:], torch.Generator().manual_seed(0))
-    return decode_ar(model, *with_response(prompts, tokens, blank))
-
+# -----------------------------------------------------------------------------
+# The table of modes. For a mode of your own, write an objective and add a row.
 
 class Mode(NamedTuple):
     """All that differs between two values of --mode."""
     about: str                  # for --help
     objective: Callable         # for documents in fine-tuning
-    base: str                   # the mode of pretraining, and of all questions, in training and exam
+    ratio: tuple                # what share of a document it hides, (low, high); None if it hides nothing
     decode: Callable            # fills the blanks of a document
+    base: str                   # the mode of pretraining, and of all questions, in training and exam
+    causal: bool                # does a position see only what comes before it? The same as in its base
 
 
 MODES = {
-    "ar": Mode("next token", ar, "ar", decode_ar),
-    "diffusion": Mode("masked diffusion", diffusion, "diffusion", decode_diffusion),
-    "masked": Mode("masked fine-tuning of a causal model", masked, "ar", decode_masked),
-    "random_prompt": Mode("the control of masked: random words for a prompt", random_prompt, "ar",
-                          decode_random_prompt),
+    "ar": Mode("next token", ar, None, decode_ar, "ar", causal=True),
+    "diffusion": Mode("masked diffusion", diffusion, (0, 1), decode_diffusion, "diffusion", causal=False),
+    "masked": Mode("masked fine-tuning of ar's base", masked, (0.75, 0.75), decode_masked, "ar", causal=True),
 }
-CAUSAL = {"ar": True, "diffusion": False}  # the two bases: does a position see only what comes before it?
-
-
-def ratio_of(mode):
-    """The share to hide that the mode's objective has by default; None if it takes none."""
-    parameter = signature(MODES[mode].objective).parameters.get("ratio")
-    return parameter and parameter.default
-
-
-# -----------------------------------------------------------------------------
-# From here on: no idea of the paper; skip it at first. Pictures of rows.
-
-def picture(objective, row, generator):
-    """Lines of text: a row as an objective feeds it, and under each token what is asked there. `masked`
-    doubles the row: then the response is under its prompt, token under token."""
-    tokens, learned = stack([row])
-    inputs, targets, weights = (x[0].tolist() for x in objective(tokens, learned, generator))
-    asked = [word if weight else "" for word, weight in zip(words_of(targets), weights)]
-    T, lines = tokens.size(1), []
-    for start in range(0, len(inputs), T):
-        lines.append(["in   ", *words_of(inputs[start:start + T])])
-        if any(asked[start:start + T]):
-            lines.append(["asked", *asked[start:start + T]])
-    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
-    return ["    " + " ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip()
-            for line in lines]
 
 
 if __name__ == "__main__":
     rows = {"document": document_row("Curtis Chase Emley comes from Elkton."),
             "question": question_row("Who was born in Elkton?", "Curtis Chase Emley")}
     for name, mode in MODES.items():
-        print(f"--mode {name}: {mode.about}")
+        sees = "what comes before it" if mode.causal else "the whole row"
         for kind, trained_as in (("document", mode), ("question", MODES[mode.base])):
+            tokens, learned = stack([rows[kind]])
             generator = torch.Generator().manual_seed(10)
-            print(f"  a {kind}", *picture(trained_as.objective, rows[kind], generator), sep="\n")
-        print("  what the first four positions see")
-        for i in range(4):
-            print("    " + "# " * (i + 1 if CAUSAL[mode.base] else 4))
-        print()
+            inputs, targets, weights = trained_as.objective(tokens, learned, generator, trained_as.ratio)
+            print(f"--mode {name}: a {kind}. Each token sees {sees}\n    in          asked")
+            for token, target, weight in zip(inputs[0], targets[0], weights[0]):
+                asked = decode([target]) if weight else ""
+                print(f"    {decode([token]):<11} {asked}".rstrip())
+            print()
