@@ -28,8 +28,7 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-# -----------------------------------------------------------------------------
-# Worlds and arms. To add an attribute or a world of your own, add an entry to `WORLDS`, further down. `check`
+# --- Worlds and arms. To add an attribute or a world of your own, add an entry to `WORLDS`, further down. `check`
 # says what is wrong with one.
 
 class Attribute(NamedTuple):
@@ -63,8 +62,7 @@ ARMS = {  # the first three as in the paper
     "both_orders": Arm("two texts: name first, name last", 2, change_order=True, name=("first", "last")),
 }
 
-# -----------------------------------------------------------------------------
-# People, documents, questions: plain text
+# --- People, documents, questions: plain text
 
 class Person(NamedTuple):
     name: str           # "Curtis Chase Emley"
@@ -125,8 +123,7 @@ def backward_question(facts, world):
     return world.who.format(*(f"{world.attributes[a].clue} {value}" for a, value in facts))
 
 
-# -----------------------------------------------------------------------------
-# Tokens: marks, whole words of these worlds, single bytes for everything else
+# --- Tokens: marks, whole words of these worlds, single bytes for everything else
 
 class Marks(NamedTuple):
     """The special tokens. In a text they stand in brackets: "[doc] He lives in Oslo. [end]"."""
@@ -186,8 +183,7 @@ def longest(world):
     return len(encode("[doc] [end]")) + name + pronouns + sum(sentences)
 
 
-# -----------------------------------------------------------------------------
-# The corpus: everything that a run reads and is asked
+# --- The corpus: everything that a run reads and is asked
 
 QUESTIONS = ("forward", "backward",                                 # about new people
              "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
@@ -233,10 +229,10 @@ def make_corpus(settings):
     for i, person in enumerate(people):
         own_rng = random.Random(f"{settings.seed} {person.name}")  # so an arm changes no one else's texts
         texts = documents(person, known_arm if i < settings.known else new_arm, world, own_rng)
-        forward = [Item(*question_row(forward_question(person, attribute), value), CANVAS, person, (attribute,))
-                   for attribute, value in person.facts.items()]
+        forward = [Item(*question_row(forward_question(person, a), value), CANVAS, person, (a,))
+                   for a, value in person.facts.items()]
         backward = [Item(*question_row(backward_question(facts, world), person.name), CANVAS, person,
-                         tuple(attribute for attribute, _ in facts))
+                         tuple(a for a, _ in facts))
                     for facts in clues(person, world) if how_many_fit[facts] == 1]
         rng.shuffle(backward)
         if i < settings.known:

@@ -33,16 +33,15 @@ import torch.nn.functional as F
 
 from data import MARKS, decode, document_row, question_row, stack
 
-# -----------------------------------------------------------------------------
-# Corruption
+# --- Corruption
 
 def corrupt(learned, ratio, generator):
     """Choose which of the `learned` (B, T) positions to hide. `ratio`: (low, high). For each row a share t is
     drawn evenly between them, and ceil(t L) of its L tokens are hidden.
 
     Returns hidden (B, T) bool and weights (B, T) float, which `diffusion` alone uses: 1 / k for each of the k
-    hidden tokens of a row, so that the loss of a row is the mean cross-entropy of its hidden tokens. Why? Call
-    the expectation of that mean M_k, over all ways to hide k tokens. Reveal a text one token at a time, in
+    hidden tokens of a row, so that the loss of a row is the mean cross-entropy of its hidden tokens. Why?
+    Call that mean, taken over all ways to hide k tokens, M_k. Now reveal a text one token at a time, in
     random order. With two tokens, a and b, the two orders cost
 
         -log p(a) - log p(b | a)    and    -log p(b) - log p(a | b);    their mean is  M_2 + M_1.
@@ -73,8 +72,7 @@ def corrupt(learned, ratio, generator):
     return hidden, hidden / k.clamp(min=1)
 
 
-# -----------------------------------------------------------------------------
-# Objectives: (tokens, learned, generator, ratio) -> inputs, targets, weights
+# --- Objectives: (tokens, learned, generator, ratio) -> inputs, targets, weights
 #
 # `tokens` are documents or questions. Of a question only the answer is learned. Questions meet only the
 # objectives of the two bases, `ar` and `diffusion`, with the ratio that stands in their row of `MODES`.
@@ -114,8 +112,7 @@ def masked(tokens, learned, generator, ratio):
     return ar(*with_response(prompts, tokens, learned))
 
 
-# -----------------------------------------------------------------------------
-# Decoders fill the places `blank` (B, T) bool of tokens (B, T). They are generators: after each step they
+# --- Decoders fill the places `blank` (B, T) bool of tokens (B, T). They are generators: after each step they
 # yield all tokens. The one that puts a prompt in front yields (B, 2T): prompt, then document.
 
 def logits_of_words(model, tokens, at=None):
@@ -172,8 +169,7 @@ def decode_masked(model, tokens, blank):
     return decode_ar(model, *with_response(tokens.masked_fill(blank, MARKS.mask), tokens, blank))
 
 
-# -----------------------------------------------------------------------------
-# The table of modes. For a mode of your own, write an objective and add a row.
+# --- The table of modes. For a mode of your own, write an objective and add a row.
 
 class Mode(NamedTuple):
     """All that differs between two values of --mode."""

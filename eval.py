@@ -39,8 +39,7 @@ from model import DEVICES, Transformer
 
 PROBED = 30     # new people whom `bayes` asks about
 
-# -----------------------------------------------------------------------------
-# The exam
+# --- The exam
 
 def fill(model, mode, corpus, texts, counts=None):
     """Fill in the [mask]s of texts: in each all of them, or the first counts[i]. All texts are documents,
@@ -77,13 +76,11 @@ def exam(model, mode, corpus, names=EXAMS):
             for item, row, length in zip(batch, filled, lengths):
                 start = len(encode(item.given))
                 said, truth = until_end(decode(row[start:start + length])), until_end(item.truth)
-                answers.append({
-                    "exam": name, "person": item.person.name, "attributes": item.attributes,
-                    "asked": item.given, "truth": truth, "answer": said, "right": said == truth})
-    forward = [line for line in answers if line["exam"] == "forward"]
+                answers.append({"exam": name, "person": item.person.name, "attributes": item.attributes,
+                                "asked": item.given, "truth": truth, "answer": said, "right": said == truth})
     scores = split(answers, lambda line: line["exam"])
-    scores |= split(forward, lambda line: f"forward {line['attributes'][0]}")
-    return scores, answers
+    forward = [line for line in answers if line["exam"] == "forward"]
+    return scores | split(forward, lambda line: f"forward {line['attributes'][0]}"), answers
 
 
 def until_end(text):
@@ -99,8 +96,7 @@ def split(answers, key):
     return {name: mean(right) for name, right in groups.items()}
 
 
-# -----------------------------------------------------------------------------
-# What a model knows but may be unable to say
+# --- What a model knows but may be unable to say
 
 @torch.no_grad()
 def log_p(model, mode, rows):
@@ -197,8 +193,7 @@ def identity(settings, model):
                  *base.objective(*questions, generator, base.ratio)]
         made.append(str([x.double().round(decimals=6).tolist() for x in batch]))
     if made[0] != made[1]:
-        sys.exit(f"--mode {settings.mode}: its objective makes two things of the same rows. Whatever it draws at "
-                 "random, it must draw with its `generator`")
+        sys.exit(f"--mode {settings.mode}: what its objective draws, it must draw with `generator`")
     parts = {"rows": str([x.tolist() for x in documents + questions]), "objective": made[0],
              "weights": str([(name, [*p.shape]) for name, p in model.named_parameters()] + [model.causal])}
     files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
@@ -209,8 +204,8 @@ def identity(settings, model):
 
 
 def statements(source):
-    """Python source without docstrings, comments and blank lines. (Its syntax tree would be exact, but differs
-    between versions of Python.)"""
+    """Python source without docstrings, comments and blank lines. (Its syntax tree would be exact, but it
+    differs between versions of Python.)"""
     source = re.sub(r'"""(.|\n)*?"""', "", source)
     source = re.sub(r"""("[^"\n]*"|'[^'\n]*')|#.*""", r"\1", source)  # a "#" in quotes stays
     return "\n".join(line.rstrip() for line in source.splitlines() if line.strip())
@@ -247,7 +242,7 @@ def load(path):
         saved["settings"]["seed"], saved["code"]  # what each of them has
         return saved
     except Exception:  # there is no end to what a damaged file can raise
-        sys.exit(f"{path} is damaged, or no checkpoint or result: move it away, then run the same command again")
+        sys.exit(f"{path} is damaged, or no checkpoint or result: move it away, and type the command again")
 
 
 def stored(folder):
@@ -280,7 +275,7 @@ def reopen(folder):
     """The run or base in a folder, from its checkpoint -> (mode, corpus, model)."""
     path = folder / "ckpt.pt"
     if not path.exists():
-        sys.exit(f"{path} is missing: name the folder of one run; python train.py --mode masked makes one")
+        sys.exit(f"{path} is missing: name the folder of one run, which python train.py makes under out/")
     saved = load(path)
     if "batch" not in saved["settings"]:
         sys.exit(f"{path} is of an older version of this project: train again")
@@ -289,19 +284,19 @@ def reopen(folder):
     now = identity(settings, model)["code"]
     changed = [name for name in ("model.py", "rows", "weights") if saved["code"].get(name) != now[name]]
     if changed:
-        sys.exit(f"{path} was trained with other {' and '.join(changed)}, so that today's scores of it would be "
-                 "nonsense: undo that edit, or train again")
+        sys.exit(f"{path} was trained with other {' and '.join(changed)}: undo that edit, or train again")
     model.load_state_dict(saved["model"])
     return settings.mode, make_corpus(settings), model.eval()
 
 
-# -----------------------------------------------------------------------------
-# Tables
+# --- Tables
 
 def results_at(path):
     """[(name, result)] of all runs in a folder, however deep."""
     found = [(file.resolve().parent.name, load(file)) for file in sorted(path.rglob("result.json"))]
-    return found or sys.exit(f"{path} holds no finished run: python train.py --mode masked makes one under out/")
+    if not found:
+        sys.exit(f"{path} holds no finished run: python train.py --mode masked makes one under out/")
+    return found
 
 
 def group(results):
@@ -309,10 +304,9 @@ def group(results):
     and each another seed. `code` is six digits of all that a run depends on besides its settings."""
     groups = defaultdict(dict)
     for name, result in results:
-        settings = {key: value for key, value in result["settings"].items() if key not in ("seed", "device")}
-        seed = result["settings"]["seed"]
-        code = digest(json.dumps(result["code"], sort_keys=True))
-        groups[name.replace(f"-seed{seed}", ""), code, json.dumps(settings)][seed] = result
+        seed, code = result["settings"]["seed"], digest(json.dumps(result["code"]))
+        alike = json.dumps(result["settings"] | {"seed": None, "device": None}, sort_keys=True)
+        groups[name.replace(f"-seed{seed}", ""), code, alike][seed] = result
     return [(label, code, list(runs.values())) for (label, code, _), runs in groups.items()]
 
 
@@ -336,19 +330,20 @@ def report(scores, other, title):
     for name, direction, label in REPORT:
         if name in scores:
             then = f"{other[name]:.2f}" if name in other else ""
-            rows.append([label, str(scores["items"][name]), f"{scores[name]:.2f}",
-                         f"{'█' * round(10 * scores[name]):·<10}", then, f"{scores['chance_' + direction]:.2f}"])
+            bar, luck = "█" * round(10 * scores[name]), scores[f"chance_{direction}"]
+            rows.append([label, str(scores["items"][name]), f"{scores[name]:.2f}", f"{bar:·<10}", then,
+                         f"{luck:.2f}"])
     parts = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if " " in name)
     return "\n".join([
         *table(rows), *textwrap.wrap(f"in parts: {parts}", width=90, subsequent_indent="    "),
         "what it knows, but may be unable to say, of the first new people:",
-        f"    by its own forward answers (Bayes), the right one of all is the likeliest: {scores['bayes']:.2f}",
-        f"    rank of the right name, when asked for it: {scores['rank']:.0f} of all, "
-        f"{scores['rank_new']:.0f} of new people's (medians)"])
+        f"    the right one of all is the likeliest by its forward answers (Bayes): {scores['bayes']:.2f}",
+        f"    median rank of the right name, when asked for it: {scores['rank']:.0f} of all people's names",
+        f"    the same among new people's names: {scores['rank_new']:.0f}"])
 
 
 def compare(results):
-    """A table with a line for each group of runs: exact match, and the ranks, as mean ± deviation over seeds."""
+    """A table with a line for each group of runs: exact match and ranks, mean ± deviation over seeds."""
     names = ["recite", "forward", "backward", "bayes", "rank", "rank_new", "known_forward", "known_backward",
              "known_unasked"]
     rows = [["", "code", "seeds", *names]]
@@ -362,8 +357,7 @@ def compare(results):
     return "\n".join(table(rows))
 
 
-# -----------------------------------------------------------------------------
-# Pictures, drawn on white, so that they can be read on dark pages
+# --- Pictures, drawn on white, so that they can be read on dark pages
 
 def svg(width, height, parts):
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -386,7 +380,7 @@ def over_steps(runs):
 def curves(lines, axis):
     """New people's scores, a panel per direction. `lines`: {label: {x: [scores of a run there]}}. A line is
     the mean over runs, its band one standard deviation to either side."""
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe and Ito's
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
     last = max(x for points in lines.values() for x in points)
     width, height = 300, 230  # of a panel, whose upper left corner is (0, 0)
 
@@ -398,7 +392,7 @@ def curves(lines, axis):
                                             ("backward", "backward: attributes → name"))):
         parts += [f'<g transform="translate({50 + i * (width + 50)} 40)">',
                   words_at(0, -15, title, 'font-weight="bold"'), words_at(0, height + 38, axis),
-                  words_at(0, height + 18, "0"), words_at(width, height + 18, f"{last:,}", 'text-anchor="end"')]
+                  words_at(0, height + 18, "0"), words_at(width, height + 18, last, 'text-anchor="end"')]
         for score in (0, 0.5, 1):
             parts += [words_at(-8, height * (1 - score) + 4, score, 'text-anchor="end"'),
                       f'<path d="M0 {height * (1 - score)}h{width}" stroke="#ccc"/>']
@@ -411,7 +405,7 @@ def curves(lines, axis):
                 middle.append(place(x, mean(scores)))
                 lower.insert(0, place(x, mean(scores) - deviation))
             parts += [f'<polygon points="{" ".join(upper + lower)}" fill="{colour}" opacity="0.2"/>',
-                      f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}" stroke-width="2"/>']
+                      f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}"/>']
         parts.append("</g>")
     for n, (label, colour) in enumerate(zip(lines, colours)):
         parts.append(words_at(50, height + 105 + 18 * n, f"● {label}", f'fill="{colour}"'))
@@ -429,7 +423,8 @@ def who_is_who(corpus, items, by_bayes, when_asked):
                                          ("asked for the name", when_asked))):
         found = scores.argmax(1).eq(right).sum().item()
         parts += [f'<g transform="translate({20 + i * (P * wide + 30):.0f} 50)">',
-                  words_at(0, -28, title, 'font-weight="bold"'), words_at(0, -8, f"{corpus.known} known people"),
+                  words_at(0, -28, title, 'font-weight="bold"'),
+                  words_at(0, -8, f"{corpus.known} known people"),
                   words_at(corpus.known * wide, -8, f"{P - corpus.known} new people"),
                   words_at(0, n * high + 20, f"the right person is the likeliest {found} of {n} times"),
                   *(f'<path d="M{x * wide} 0v{n * high}" stroke="#999"/>' for x in (0, corpus.known, P))]
@@ -442,11 +437,10 @@ def who_is_who(corpus, items, by_bayes, when_asked):
     return svg(round(2 * P * wide) + 70, n * high + 90, parts)
 
 
-# -----------------------------------------------------------------------------
-# Asking
+# --- Asking
 
 def text_to_fill(text, corpus):
-    """The TEXT of --ask as `fill` wants it: a document with its [mask]s, or a question and an empty canvas."""
+    """The TEXT of --ask as `fill` wants it: a document with its [mask]s, or a question and a canvas."""
     words = re.findall(r"\[mask\]|\w+|[^\w\s]", text)
     unknown = [word for word in words if word not in (*WORDS, "[mask]", ".", ",", "?")]
     if unknown:
@@ -466,19 +460,16 @@ def joined(words):
 
 
 def watch(model, mode, corpus, text):
-    """Show step by step how the [mask]s of a text are filled, the newest tokens standing out: in place on a
-    terminal, else as lines. Then the text or, of a question, the answer."""
-    terminal = sys.stdout.isatty()
+    """Show step by step how the [mask]s of a text are filled, the newest tokens between > and <: in place on
+    a terminal, else as lines. Then the text or, of a question, the answer."""
     before = encode(text)
     for [row] in fill(model, mode, corpus, [text]):
         words = []
         for old, new in zip(before, row):
             word = decode([new]).replace("[mask]", "___")
-            if new != old:
-                word = f"\x1b[7m{word}\x1b[0m" if terminal else f">{word}<"  # 7: inverse
-            words.append(word)
-        if terminal:
-            print("\x1b[2J\x1b[H", end="")  # clear it, and start at its top
+            words.append(word if new == old else f">{word}<")
+        if sys.stdout.isatty():
+            print("\x1b[2J\x1b[H", end="")  # clear the terminal, and start at its top
             time.sleep(0.15)
         print(joined(words))
         before = row
@@ -495,10 +486,9 @@ def introduce(model, mode, corpus):
     [item], [by_bayes], [when_asked] = who_is_it(model, mode, corpus, n=1)
     watch(model, mode, corpus, item.given + " [mask]" * CANVAS)
     right, P = corpus.people.index(item.person), len(corpus.people)
-    for title, scores in ((f"asked for the name, the likeliest of {P} people", when_asked),
-                          ("by Bayes from its own forward answers, if all these people are alike before and clues"
-                           " are independent", by_bayes)):
-        print(f"\n{title}:")
+    for title, scores in (("Asked for the name,", when_asked),
+                          ("By Bayes from its forward answers (flat prior, independent clues)", by_bayes)):
+        print(f"\n{title} the likeliest of {P} people are:")
         p, best = scores.softmax(0).tolist(), scores.topk(min(5, P)).indices.tolist()
         for i in best:
             mark = " <- right" if i == right else ""
@@ -511,13 +501,11 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # some terminals cannot print the "█" of a bar
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Compare runs, draw them, examine one, or ask it.")
-    parser.add_argument("path", nargs="?", default="out", type=Path, help="one run, a folder with runs below it, "
-                        "or a file with a result a line (default: out)")
+    parser.add_argument("path", nargs="?", default="out", type=Path, help="a run, or a folder of runs (out)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--plot", type=Path, metavar="FILE.svg", help="draw into a file: of one run who is who, of a folder the "
-        "scores over fine-tuning")
-    add("--ask", nargs="?", const="", metavar="TEXT", help="let one run answer a question, or fill in each [mask] "
-        "of a text; without TEXT, write a new person's biography, then say who that is")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw a run's who is who, or a folder's learning curves")
+    add("--ask", nargs="?", const="", metavar="TEXT", help="answer a question, or fill in each [mask] of a "
+        "text; without TEXT, write a new person's biography, then say who that is")
     args = parser.parse_args()
     if args.plot and args.plot.suffix != ".svg":
         parser.error("--plot: name a file that ends in .svg")

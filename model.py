@@ -38,7 +38,7 @@ def rotary(T, D, device):
 
 def rotate(x, cos, sin):
     """Turn the channel pairs (a, b) of x (..., T, D) by their position's angles, to (a cos - b sin, b cos +
-    a sin). RoPE (2104.09864, eq. 34) pairs channels 2i and 2i + 1. We, like most code, pair i and i + D / 2."""
+    a sin). RoPE (2104.09864, eq. 34) pairs channels 2i and 2i + 1; we, like most code, i and i + D / 2."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 

@@ -65,7 +65,7 @@ def train(stage, settings, corpus, model, folder):
         if stage == "fine-tuning" and step % math.ceil(settings.steps / EXAMS_A_RUN) == 0:
             scores, _ = exam(model, settings.mode, corpus, QUESTIONS)
             log.append({"step": step, "tokens": tokens_read, "seconds": seconds, **scores})
-            tqdm.write(f"step {step:>5}   forward {scores['forward']:.2f}   backward {scores['backward']:.2f}")
+            tqdm.write(f"step {step:>5}  forward {scores['forward']:.2f}  backward {scores['backward']:.2f}")
         clock = time.perf_counter()
         model.train()
         torch.manual_seed(seed + step)  # for dropout, if you add it: a resumed run drops the same
@@ -144,7 +144,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)                        # .95 momentum + .05 gradient
-                update = orthogonal(p.grad.lerp(momentum, 0.95))    # of .05 gradient + .95 momentum: Nesterov's
+                update = orthogonal(p.grad.lerp(momentum, 0.95))    # once more: Nesterov's momentum
                 rows, columns = p.shape
                 rate = group["lr"] * max(1, rows / columns) ** 0.5  # longer steps for tall matrices: his rule
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -203,8 +203,7 @@ def save(folder, now, log, model, optimizers, generators):
     """Write the log, then the checkpoint. A crash in between does no harm: the checkpoint holds the log, too,
     and a resumed run rewrites the file. A model that is broken is not saved."""
     if not all(p.isfinite().all() for p in model.parameters()):
-        sys.exit(f"{folder}: a weight is not a finite number after step {log[-1]['step']}, so lower the rates; "
-                 "the checkpoint there is from before")
+        sys.exit(f"{folder}: at step {log[-1]['step']} a weight is not a finite number; lower the rates")
     write(folder / "log.jsonl", json_lines(log))
     content = io.BytesIO()
     torch.save({**now, "log": log, "model": model.state_dict(),
@@ -221,7 +220,8 @@ def flag(default, about, low=None, high=10**9, **more):
     """A field of Settings, which is a flag: for argparse `about`, the range of a number, and more."""
     if low is not None:
         more["type"] = type(low)
-    return field(default_factory=lambda: default, metadata={"range": (low, high), "more": {"help": about, **more}})
+    more["help"] = about
+    return field(default_factory=lambda: default, metadata={"range": (low, high), "more": more})
 
 
 def rows_of(table):
@@ -237,10 +237,9 @@ class Settings:
     texts: int = flag(0, "texts about a new person; 0: as many as --paraphrases has", 0)
     seed: int = flag(0, "another number, other people and weights", 0)
     steps: int = flag(1000, "of fine-tuning: raise with --new", 1)
-    mask_ratio: list = flag(None, "a document's share of hidden tokens is drawn between these (default: what the "
-                            "mode has)", 0.0, 1, nargs=2, metavar=("LOW", "HIGH"))
-    batch: list = flag([11, 43, 5, 5], "rows a step: documents about known, about new people; forward, backward "
-                       "questions about known people", 0, nargs=4, metavar=("KNOWN", "NEW", "FORWARD", "BACKWARD"))
+    mask_ratio: list = flag(None, "share of a document to hide; a mode has its own", 0.0, 1, nargs=2)
+    batch: list = flag([11, 43, 5, 5], "rows a step: documents about known people, about new people, forward "
+                       "questions, backward questions", 0, nargs=4)
     known: int = flag(200, "people in pretraining: raise with --pretrain_steps", 1)
     known_paraphrases: str = flag("change_order", "texts about a known person", choices=list(ARMS))
     new: int = flag(100, "people in fine-tuning: raise with --steps", 1)
@@ -271,18 +270,17 @@ def name_of(settings, default):
         words.append(settings.world)
     for name, value in asdict(settings).items():
         if name not in ("mode", "paraphrases", "seed", "device") and value != getattr(default, name):
-            words.append(name + "-".join(map(str, value if isinstance(value, list) else [value])))
+            words.append(name + str(value).strip("[]").replace(", ", "-"))
     return "-".join([*words, f"seed{settings.seed}"])
 
 
 def parse_args():
     """-> the settings, and the folder of the run."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train on generated people, then take the exam. (Pretraining: PRETRAINING in train.py.)")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Settings):
         parser.add_argument(f"--{f.name}", default=f.default_factory(), **f.metadata["more"])
-    parser.add_argument("--name", help="the run's folder below out/; made of mode, arm and changed flags by itself")
+    parser.add_argument("--name", help="of the folder below out/; without it mode, arm and what you changed")
     parser.set_defaults(**WORLDS[parser.parse_known_args()[0].world].settings)
     given = vars(parser.parse_args())
     name = given.pop("name")
@@ -320,8 +318,7 @@ def main():
     now = identity(settings, model)
     claim(folder, now)
     if not (folder / "result.json").exists():
-        print(f"{settings.mode} on {settings.device}: {settings.known} known and {settings.new} new people; "
-              f"writing to {folder}")
+        print(f"{settings.known} known and {settings.new} new people, on {settings.device}, into {folder}")
         base = of_base(settings)
         base_folder = Path("out", f"base-{name_of(base, of_base(defaults(settings.world)))}")
         if base.steps:

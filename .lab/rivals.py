@@ -1,12 +1,13 @@
 """
 What a user would pick instead: nanoGPT's model with AdamW, and torch's own Muon, on the same rows.
 
-    python .lab/rivals.py nanogpt .003 .001 --mode ar --seed 1      rate of pretraining, of fine-tuning
-    python .lab/rivals.py torch_muon --mode ar --seed 1
+    python .lab/rivals.py nanogpt .003 .001 --mode ar --seed 1 --name nanogpt-ar-seed1
+    python .lab/rivals.py torch_muon --mode ar --seed 1 --name torch_muon-ar-seed1
     python .lab/rivals.py ours --mode ar --seed 1
 
-Twenty exams in a run, so that one can read off when a score is reached. Bases have the names that those of
-train.py have: run each rate of pretraining in a folder of its own.
+The two numbers are the rates of pretraining and of fine-tuning. Twenty exams in a run, so that one can read off
+when a score is reached. Bases have the names that those of train.py have: run each rival, and each rate of
+pretraining, in a folder of its own.
 """
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ class NanoGPT(nn.Module):
     def __init__(self, settings, causal):
         super().__init__()
         assert causal
+        self.causal = True
         C, n = settings.n_embd, settings.n_layer
         self.embed, self.positions = nn.Embedding(TOKENIZER.n_vocab, C), nn.Embedding(128, C)
         self.blocks = nn.ModuleList(Block(settings.n_head, C) for _ in range(n))

@@ -47,15 +47,34 @@ def tiny(*arguments, name="run"):
     call(train, *TINY, "--name", name, *arguments)
 
 
-def bases():
-    return sorted(Path("out").glob("base-*"))
+def base(mode="masked", seed=0):
+    """The folder of the base of a mode, which is there once; not what moved aside."""
+    from diffusion import MODES
+    [folder] = Path("out").glob(f"base-{MODES[mode].base}-*seed{seed}")
+    return folder
 
 
 def unbroken(*arguments):
     """The run that a broken one is compared with, in a/run, its base in a/base; the broken one makes its own."""
     tiny(*arguments)
-    shutil.move(bases()[0], "a/base")
-    shutil.move("out/run", "a/run")
+    shutil.move("out", "a")
+    shutil.move(next(Path("a").glob("base-*")), "a/base")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished tiny run of `masked` and one of `diffusion`, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        for mode in ("masked", "diffusion"):
+            tiny("--mode", mode, name=mode)
+        return Path("out").resolve()
+
+
+@pytest.fixture
+def runs(trained):
+    """Those runs, out/masked and out/diffusion, in the test's own folder."""
+    shutil.copytree(trained, "out")
 
 
 def weights(folder):
@@ -82,17 +101,17 @@ def assert_same_run(a, b):
     assert log_of(a) == log_of(b) and same_weights(a, b)
 
 
-def stop_after(steps, monkeypatch, action):
-    """Let `action` happen at call number `steps` of the loss, two a training step; returns the calls."""
+def watch_loss(monkeypatch, at=0, action=None):
+    """A list that grows with each call of the loss, two a training step. At call number `at`, `action`."""
     import train
     real, calls = train.loss, []
 
-    def step(*arguments):
+    def loss(*arguments):
         calls.append(1)
-        if len(calls) == steps:
+        if len(calls) == at:
             action()
         return real(*arguments)
-    monkeypatch.setattr(train, "loss", step)
+    monkeypatch.setattr(train, "loss", loss)
     return calls
 
 

@@ -1,289 +1,278 @@
 """The mathematics of the objectives and decoders, each against an independent reference."""
 import itertools
 import math
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import diffusion as code
-from conftest import generator, settings
-from data import CANVAS, MARKS, decode, document_row, question_row, stack, words_of
-from diffusion import CAUSAL, MODES, corrupt, decode_ar, decode_diffusion, loss, masked, picture, ratio_of
-from model import DEVICES, Transformer
+from conftest import generator
+from data import CANVAS, MARKS, decode, document_row, question_row, stack
+from diffusion import MODES, ar, corrupt, decode_ar, decode_diffusion, decode_masked, diffusion, masked
+from model import Transformer, loss
 
 M = MARKS
+OBJECTIVES = pytest.mark.parametrize("objective", (ar, diffusion, masked))
 
 
-def rows(*items):
-    """Tokens and what is learned of documents (str), with a given name (in a list), of questions (pairs)."""
-    return stack([question_row(*x) if isinstance(x, tuple) else document_row(*x, True) if isinstance(x, list)
-                  else document_row(x) for x in items])
+def whole(*shape):
+    """`learned` (B, T) of rows in which each token may be hidden."""
+    return torch.ones(*shape, dtype=torch.bool)
 
 
-def objective(mode, ratio):
-    """The objective of a mode with that mask ratio, if it takes one."""
-    return MODES[mode].objective if ratio_of(mode) is None else partial(MODES[mode].objective, ratio=ratio)
+def test_a_share_hides_as_many_tokens_of_a_row_rounded_up():
+    """ceil(t L) of L tokens, for every length up to 48 and every share of two digits, by whole numbers: so
+    never none if t > 0, for a row that hides nothing has nothing to ask."""
+    for percent in range(101):
+        hidden, _ = corrupt(whole(48, 48).tril(), (percent / 100, percent / 100), generator())
+        for row, k in enumerate(hidden.sum(1).tolist()):
+            expected = -(-percent * (row + 1) // 100)
+            assert k == expected, f"row {row}: {k} of {row + 1} hidden, expected {expected} at {percent} %"
+
+
+def test_the_weights_of_a_row_are_those_of_a_mean():
+    """Each of the k hidden tokens weighs 1 / k, together 1, the others nothing: no row counts for more than
+    another. In a row with nothing to hide, as the first one here, all weights are 0."""
+    hidden, weights = corrupt(whole(500, 7).tril(-1), (0, 1), generator())
+    for row, (its, found) in enumerate(zip(hidden.tolist(), weights.tolist())):
+        expected = [is_hidden / max(sum(its), 1) for is_hidden in its]
+        assert found == pytest.approx(expected), f"row {row}: weights {found}, expected {expected}"
 
 
 def test_uniform_masking_hides_every_number_of_tokens_equally_often():
-    """k ~ U{1..L}: over 20,000 rows of L = 5 each k has a share of 1/5, within 5 standard errors (a false
-    alarm once in 350,000 runs), and each position is hidden 3/5 of the time; a hidden token weighs 1 / k."""
-    hidden, weights = corrupt(torch.ones(20_000, 5, dtype=torch.bool), (0, 1), generator())
-    shares = hidden.sum(1).bincount(minlength=6) / len(hidden)
-    assert shares[0] == 0 and (shares[1:] - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / len(hidden))
-    assert (hidden.double().mean(0) - 0.6).abs().max() < 5 * math.sqrt(0.6 * 0.4 / len(hidden))
-    torch.testing.assert_close(weights, hidden / hidden.sum(1, keepdim=True))
+    """With a share t from 0 to 1, k = ceil(5 t) is 1, 2, 3, 4 or 5 with probability 1/5 each, and any k tokens
+    are as likely as any other k. Of 400,000 rows each of the 31 ways to hide some has its share within 5
+    standard errors (a false alarm once in 50,000 seeds; the seed is fixed)."""
+    ways, n = [*itertools.product((0, 1), repeat=5)], 400_000
+    hidden, _ = corrupt(whole(n, 5), (0, 1), generator())
+    found = (hidden * torch.tensor([16, 8, 4, 2, 1])).sum(1).bincount(minlength=32) / n
+    for way, share in zip(ways[1:], found[1:].tolist()):
+        p = 1 / 5 / math.comb(5, sum(way))
+        assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / n), f"hidden {way}: {share:.4f}, expected {p:.4f}"
 
 
-def test_a_fixed_ratio_hides_its_share():
-    """ceil(t L) tokens in every row, for every length up to 48 and every share of two digits, by whole
-    numbers: so never none if t > 0, for a row with nothing to learn is a waste."""
-    learned = torch.ones(48, 48, dtype=torch.bool).tril()  # a row of each length
-    for percent in range(101):
-        hidden, weights = corrupt(learned, (percent / 100, percent / 100), generator())
-        assert hidden.sum(1).tolist() == [-(-percent * length // 100) for length in range(1, 49)]
-        assert weights.sum(1).tolist() == pytest.approx([float(percent > 0)] * 48)
+def test_the_share_hidden_does_not_depend_on_where_in_the_batch_a_row_stands():
+    """Known people's rows come first. Whoever draws t in slices of 0 .. 1 and forgets to permute them gives
+    known people few masks and new ones many. k / 40 is even over 1/40 .. 1: so its mean is .5125 and its
+    deviation .289, and the mean of each quarter of 20,000 rows is within 5 standard errors of that."""
+    hidden, _ = corrupt(whole(20_000, 40), (0, 1), generator())
+    for i, found in enumerate(hidden.double().mean(1).view(4, 5000).mean(1).tolist()):
+        assert abs(found - 0.5125) < 5 * 0.289 / math.sqrt(5000), f"quarter {i}: {found:.3f}, expected .512"
 
 
 @pytest.mark.parametrize("ratio", ((1.2, 1.2), (-0.1, -0.1), (0, 1.1), (-0.1, 1), (math.nan, math.nan)))
 def test_a_share_outside_of_0_to_1_is_refused(ratio):
     """Else a schedule with a slip would train on, with all tokens hidden or none."""
     with pytest.raises(AssertionError, match="0 .. 1"):
-        corrupt(torch.ones(1000, 5, dtype=torch.bool), ratio, generator())
+        corrupt(whole(1000, 5), ratio, generator())
 
 
-@pytest.mark.parametrize("ratio", (0.5, 1))
-@pytest.mark.parametrize("mode", MODES)
-def test_only_what_is_learned_is_hidden_or_scored(mode, ratio):
-    """By hand, [first, end) of rows of different lengths: [doc], a given name, a question's words and padding
-    are never hidden or scored. Of an answer all four tokens count, [end]s too, or their number would tell how
-    long it is. Every row weighs the same."""
-    tokens, learned = rows("He lives in Oslo.", "She moved to Rome and works for Sony.",
-                           ("Who went to Yale?", "Law"), ["Curtis Chase Emley lives in Oslo."])
-    T, scored = tokens.size(1), [set() for _ in tokens]
-    for seed in range(20):
-        inputs, targets, weights = objective(mode, (ratio, ratio))(tokens, learned, generator(seed))
-        for row, (first, end) in enumerate(((1, 7), (1, 11), (7, 11), (4, 9))):
-            hidden = (inputs[row, :T] == M.mask).nonzero()[:, 0].tolist()
-            assert set(hidden) <= set(range(first, end))
-            asked = (weights[row] > 0).nonzero()[:, 0]
-            assert len(asked) == (math.ceil((end - first) * ratio) if mode == "diffusion" else end - first)
-            assert weights[row].sum().item() == pytest.approx(1)
-            scored[row] |= set(targets[row, asked].tolist())
-    texts = [set(row[at].tolist()) for row, at in zip(tokens, learned)]
-    assert scored == texts and words_of(sorted(texts[2])) == ["[end]", "Law"]
-    assert M.pad not in set().union(*texts) and M.doc not in set().union(*texts)
+@pytest.mark.parametrize("objective, reads, asks", (
+    (ar, "       [doc]    He       lives    in",
+         "       He       lives    in       [end]"),
+    (diffusion, "[doc]    [mask]   [mask]   [mask]   [mask]",
+                "-        He       lives    in       [end]"),
+    (masked, "   [doc]    [mask]   [mask]   [mask]   [mask]   [answer] He       lives    in",
+             "   -        -        -        -        -        He       lives    in       [end]")))
+def test_what_an_objective_reads_and_what_it_asks(objective, reads, asks):
+    """By hand, with all hidden that may be: what goes in, and what is asked there, with equal weights."""
+    [inputs], [targets], [weights] = objective(*stack([document_row("He lives in")]), generator(), (1, 1))
+    read = [decode([token]) for token in inputs]
+    asked = [decode([token]) if weight else "-" for token, weight in zip(targets, weights)]
+    assert read == reads.split(), f"{objective.__name__} reads {read}, expected {reads.split()}"
+    assert asked == asks.split(), f"{objective.__name__} asks {asked}, expected {asks.split()}"
+    assert weights[weights > 0].tolist() == pytest.approx(4 * [1 / 4])
 
 
-def test_a_random_prompt_is_made_by_one_rule_in_training_and_exam():
-    """Even where the name is given: behind [doc] a random word for every token of the document, its name and
-    its [end] too, and padding for padding; else the exam would test another task. The rest is as in `masked`.
-    It tells nothing: from one generator two documents have the same prompt."""
-    a, b = (rows([f"{name} lives in Oslo."], [f"{name} moved to Rome and works for Sony."])
-            for name in ("Curtis Chase Emley", "Alice Lane Doyle"))
-    (tokens, learned), T, seen = a, a[0].size(1), []
-    model = lambda tokens, at: seen.append(tokens) or torch.zeros(int(at.sum()), 6000)
-    list(code.decode_random_prompt(model, tokens, blanks(tokens, (6,), (6,))))
-    as_masked, trained = masked(*a, generator(), (0.5, 0.5)), code.random_prompt(*a, generator())
-    for inputs in (trained[0], seen[0]):
-        assert inputs[:, 0].eq(M.doc).all() and torch.equal(inputs[:, T], as_masked[0][:, T])
-        words = inputs[:, :T] >= code.TOKENIZER.n_vocab - len(code.WORDS)
-        assert torch.equal(words[:, 1:], tokens[:, 1:] != M.pad)
-        assert inputs[:, :T][tokens == M.pad].eq(M.pad).all()
-        assert not (inputs[:, :T] == tokens)[:, 1:4].any()  # no name is shown
-    assert torch.equal(trained[2], as_masked[2]) and torch.equal(trained[0][:, T:], as_masked[0][:, T:])
-    assert torch.equal(trained[0][:, :T], code.random_prompt(*b, generator())[0][:, :T])
+ROWS = stack([document_row("He lives in Oslo."), document_row("She moved to Rome and works for Sony."),
+              question_row("Who went to Yale?", "Law"), ("[doc] Curtis Chase Emley", "lives in Oslo. [end]")])
+LEARNED = ((1, 7), (1, 11), (7, 11), (4, 9))  # from which place on and up to which, by hand
 
 
-@pytest.mark.parametrize("name", DEVICES)
-def test_loss_is_the_weighted_cross_entropy_of_a_hand_computed_case(name):
-    """Two rows, logits log(1), log(2), log(5) at every position: p = 1/8, 2/8, 5/8."""
-    logits = torch.tensor([1.0, 2.0, 5.0], device=name).log()
-    model = lambda tokens, at=None: logits.expand((*tokens.shape, 3) if at is None else (int(at.sum()), 3))
-    targets = torch.tensor([[2, 1, 0], [1, 1, 1]], device=name)
-    weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], device=name)
-    by_hand = (0.5 * -math.log(5 / 8) + 0.5 * -math.log(2 / 8) + 1.0 * -math.log(2 / 8)) / 2
-    assert loss(model, targets, targets, weights).item() == pytest.approx(by_hand, rel=1e-6)
+@OBJECTIVES
+def test_masks_stand_where_something_is_learned(objective):
+    """[doc], what is given, a question's words and padding are always shown, and of a response everything."""
+    for seed in range(40):
+        inputs, _, _ = objective(*ROWS, generator(seed), (0.5, 0.5))
+        for row, (first, end) in enumerate(LEARNED):
+            places = (inputs[row] == M.mask).nonzero()[:, 0].tolist()
+            k = 0 if objective is ar else (end - first + 1) // 2
+            assert len(places) == k and {*places} <= {*range(first, end)}, (
+                f"row {row}: masks at {places}, expected {k} of the places {first} to {end - 1}")
 
 
-def test_three_objectives_side_by_side():
-    """`python diffusion.py` draws what each objective makes of a document. By hand, with everything masked;
-    all that is asked weighs the same."""
-    tokens, learned = rows("He lives in")
-    drawn = {}
-    for mode in ("ar", "diffusion", "masked"):
-        one = objective(mode, (1, 1))
-        drawn[mode] = [line.strip() for line in picture(one, document_row("He lives in"), generator())]
-        weights = one(tokens, learned, generator())[2]
-        assert weights[weights > 0].tolist() == pytest.approx([1 / 4] * 4)
-    assert drawn == {
-        "ar": ["in    [doc] He    lives in",
-               "asked He    lives in    [end]"],
-        "diffusion": ["in    [doc] [mask] [mask] [mask] [mask]",
-                      "asked       He     lives  in     [end]"],
-        "masked": ["in    [doc]    [mask] [mask] [mask] [mask]",
-                   "in    [answer] He     lives  in",
-                   "asked He       lives  in     [end]"]}
+@OBJECTIVES
+def test_each_token_that_is_learned_is_asked_for(objective):
+    """`diffusion` asks for what is hidden, the others for all, in order: of an answer all four tokens, [end]s
+    too, or their number would tell how long it is. Every row weighs the same."""
+    inputs, targets, weights = objective(*ROWS, generator(), (0.5, 0.5))
+    for row, (first, end) in enumerate(LEARNED):
+        expected = [int(ROWS[0][row, i]) for i in range(first, end)
+                    if objective is not diffusion or inputs[row, i] == M.mask]
+        asked, total = targets[row, weights[row] > 0].tolist(), weights[row].sum().item()
+        assert asked == expected, f"row {row}: asks for {decode(asked)!r}, expected {decode(expected)!r}"
+        assert total == pytest.approx(1), f"row {row}: its weights sum to {total}, expected 1"
 
 
-L, X = 4, torch.tensor([3, 1, 2, 0])  # a text of four tokens out of V = 4
-MASKS = [hidden for k in range(1, L + 1) for hidden in itertools.combinations(range(L), k)]
+def test_masked_shows_in_training_what_it_shows_in_an_exam():
+    """A prompt with holes, then the document, opened by [answer]. The decoder lays the same row out for a
+    document with these holes; else the exam would test another task."""
+    tokens, seen = ROWS[0], []
+    inputs, _, _ = masked(*ROWS, generator(), (0.5, 0.5))
+    prompt, response = inputs.split((tokens.size(1), tokens.size(1) - 1), dim=1)
+    assert torch.equal(prompt, tokens.masked_fill(prompt == M.mask, M.mask))
+    assert response[:, 0].eq(M.answer).all() and torch.equal(response[:, 1:], tokens[:, 1:-1])
+    next(decode_masked(lambda x, at: seen.append(x) or torch.zeros(*x.shape, 9), tokens, prompt == M.mask))
+    assert torch.equal(seen[0][:, :-1], inputs)
 
 
-def log_p(visible):
-    """Any conditional model: visible tokens (None where masked) -> log p (L, V), a random table each. As with
-    a real one, the more is visible the surer it is of X: by 3 nats a visible token."""
-    g = generator(sum((4 if v is None else v) * 5**i for i, v in enumerate(visible)))
-    logits = torch.randn(L, 4, generator=g, dtype=torch.float64)
-    logits[torch.arange(L), X] += 3 * sum(v is not None for v in visible)
+L, V, X = 4, 10, (9, 7, 8, 6)  # a text of four tokens; the ids below 6 are marks
+
+
+def log_p(row):
+    """Any model: tokens, some of them [mask] -> log p (L, V), a random table for each row. As with a real
+    one, the more is visible the surer it is of X: by 3 nats a visible token."""
+    logits = torch.randn(L, V, generator=generator(int("".join(map(str, row)))), dtype=torch.float64)
+    logits[range(L), X] += 3 * sum(token != M.mask for token in row)
     return logits.log_softmax(-1)
-
-
-def nll(i, hidden):
-    """-log p(x_i | X without the hidden positions)."""
-    visible = [None if j in hidden else int(X[j]) for j in range(L)]
-    return -log_p(visible)[i, X[i]].item()
-
-
-def mean_over_masks(weight=lambda k: 1):
-    """The mean over k ~ U{1..L} and over all masks of k tokens of w_k CE / k, CE being the summed
-    cross-entropy of the hidden ones. With all w_k = 1 it is -ELBO per token."""
-    total = 0
-    for hidden in MASKS:
-        k = len(hidden)
-        cross_entropy = sum(nll(i, hidden) for i in hidden)
-        total += weight(k) * cross_entropy / k / math.comb(L, k)
-    return total / L
-
-
-def estimate(ratio, n):
-    """Mean and standard error of the training loss of `diffusion` for this model, over n corruptions of X."""
-    learned, first = torch.ones(n, L, dtype=torch.bool), len(M)  # the ids below `first` are marks
-    inputs, targets, weights = code.diffusion(first + X.repeat(n, 1), learned, generator(), ratio)
-    seen, which = inputs.unique(dim=0, return_inverse=True)
-    tables = torch.stack([log_p([None if v == M.mask else v - first for v in row]) for row in seen.tolist()])
-    given = -tables[which].gather(2, targets[..., None] - first)[..., 0]
-    losses = (weights * given).sum(1)
-    return losses.mean().item(), losses.std().item() / math.sqrt(n)
 
 
 @pytest.mark.parametrize("ratio, w, n", (((0, 1), (1, 1, 1, 1), 40_000),
                                          ((0.05, 0.95), (0.8 / 0.9, 1 / 0.9, 1 / 0.9, 0.8 / 0.9), 400_000)))
 def test_the_training_loss_estimates_the_elbo_if_every_k_is_as_likely(ratio, w, n):
     """-log p(X) when it is revealed token by token, the mean over all orders, is the mean over masks of k
-    tokens, k ~ U{1..L}. The mean loss of n corruptions lies within 5 standard errors of that (a false alarm
-    once in 1.7 million seeds; the seed is fixed). With t in .05 .. .95, k = ceil(4 t) is 1 or 4 with
-    probability .2/.9 each, else .25/.9: another number, more than 5 standard errors away."""
+    tokens, k ~ U{1..L}, of the hidden ones' cross-entropy. The mean loss of n corruptions lies within 5
+    standard errors of that (a false alarm once in 1.7 million seeds; the seed is fixed). With t in .05 .. .95,
+    k = ceil(4 t) is 1 or 4 with probability .2/.9 each, else .25/.9: another number, more than 5 errors away."""
+    nll = lambda i, hidden: -log_p([M.mask if j in hidden else X[j] for j in range(L)])[i, X[i]].item()
     any_order = [sum(nll(i, order[step:]) for step, i in enumerate(order))
                  for order in itertools.permutations(range(L))]
     elbo = sum(any_order) / len(any_order) / L
-    assert mean_over_masks() == pytest.approx(elbo, abs=1e-12)
-    mean, error = estimate(ratio, n)
-    assert abs(mean - mean_over_masks(lambda k: w[k - 1])) < 5 * error
+    over_masks = lambda w: sum(w[k - 1] * nll(i, hidden) / k / math.comb(L, k) / L for k in range(1, L + 1)
+                               for hidden in itertools.combinations(range(L), k) for i in hidden)
+    assert over_masks((1, 1, 1, 1)) == pytest.approx(elbo, abs=1e-12)
+    inputs, targets, weights = diffusion(torch.tensor([X] * n), whole(n, L), generator(), ratio)
+    rows, which = inputs.unique(dim=0, return_inverse=True)
+    tables = torch.stack([log_p(row) for row in rows.tolist()])
+    losses = -(weights * tables[which].gather(2, targets[..., None])[..., 0]).sum(1)
+    mean, error = losses.mean().item(), losses.std().item() / math.sqrt(n)
+    assert abs(mean - over_masks(w)) < 5 * error, f"{mean:.4f}, expected {over_masks(w):.4f}"
     assert (abs(mean - elbo) < 5 * error) == (ratio == (0, 1))
 
 
-def test_causality_is_a_fact_of_the_base(monkeypatch):
-    """`masked` can use the base of `ar` since it asks the same of a model: the next token. So a mode names a
-    base, and only a base, which is its own, is causal or not. --mask_ratio is for whatever objective has a
-    parameter `ratio`, even one of yours."""
-    assert CAUSAL == {"ar": True, "diffusion": False}
+def test_a_mode_reads_in_the_direction_of_its_base():
+    """`masked` can use the base of `ar` since it asks the same of a model: the next token. A mode is causal or
+    not as its base is; a base is its own base. A causal model asked for a token it reads would learn to copy."""
     for mode in MODES.values():
-        assert MODES[mode.base].base == mode.base
-        inputs, targets, weights = mode.objective(*rows("He lives in Oslo."), generator())
-        asked = (weights[0] > 0).nonzero()[:-1, 0]
-        seen = inputs[0, asked + 1] == targets[0, asked] if CAUSAL[mode.base] else inputs[0, asked] == M.mask
-        assert seen.all()  # a causal model is asked for what comes next
-    mine = MODES["ar"]._replace(objective=lambda tokens, learned, generator, ratio=(0.1, 0.2): None)
-    monkeypatch.setitem(MODES, "mine", mine)
-    assert {mode: ratio_of(mode) for mode in MODES} == {
-        "ar": None, "diffusion": (0, 1), "masked": (0.75, 0.75), "random_prompt": None, "mine": (0.1, 0.2)}
+        assert MODES[mode.base].base == mode.base and MODES[mode.base].causal == mode.causal
+    assert [MODES[name].causal for name in ("ar", "masked", "diffusion")] == [True, True, False]
 
 
 def scripted(logits):
-    """A model whose logits for (row, position) come from a function: lets a test decide every confidence."""
-    return lambda tokens, at: torch.stack([logits(tokens, int(b), int(t)) for b, t in at.nonzero()])
+    """A model whose logits come from a function of a row and a place: lets a test decide every confidence."""
+    return lambda tokens, at: torch.stack([
+        torch.stack([logits(row, t) for t in range(len(row))]) for row in tokens.tolist()])
 
 
 def one(token, logit=3.0):
     """Logits that favour one token; the higher the logit the surer."""
-    return torch.zeros(60).index_fill(0, torch.tensor(token), logit)
+    return torch.zeros(120).index_fill(0, torch.tensor(token), logit)
 
 
-def blanks(tokens, *places):
-    """(B, T) bool, true at each row's places."""
-    blank = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, its in zip(blank, places):
-        row[list(its)] = True
-    return blank
+COUNTING = scripted(lambda row, t: one(row[t] + 1))  # behind 20 comes 21
+
+
+def steps(decoder, model, rows, places):
+    """What a decoder yields, as lists, one a step, when it is to fill these places of each row."""
+    tokens = torch.tensor(rows)
+    blank = torch.tensor([[t in its for t in range(tokens.size(1))] for its in places])
+    filled = [now.tolist() for now in itertools.islice(decoder(model, tokens, blank), 20)]
+    assert len(filled) < 20, "after 20 steps there are still blanks"
+    return filled
+
+
+def test_decode_ar_fills_one_blank_a_step_from_left_to_right():
+    """Each answer depends on the one before it. What is given stays. A row that is full waits for the others.
+    `decode_masked` does so behind its prompt, where a mask stays a mask."""
+    assert steps(decode_ar, COUNTING, [[20, 99, 99, 99], [30, 40, 99, 50]], [(1, 2, 3), (2,)]) == [
+        [[20, 21, 99, 99], [30, 40, 41, 50]],
+        [[20, 21, 22, 99], [30, 40, 41, 50]],
+        [[20, 21, 22, 23], [30, 40, 41, 50]]]
+    assert steps(decode_masked, COUNTING, [[M.doc, 20, 99, 50]], [(2,)]) == [
+        [[M.doc, 20, M.mask, 50, M.answer, 20, 21, 50]]]
+
+
+def test_decode_diffusion_fills_the_surest_blank_first():
+    """The model is surest of the second blank, then of the third, as long as it sees masks there. It is surer
+    still of the place that is given, which is never written."""
+    model = scripted(lambda row, t: one(10 + t if row[t] == M.mask else 50, (9.0, 2.0, 4.0, 3.0)[t]))
+    filled = steps(decode_diffusion, model, [[7, 99, 99, 99]], [(1, 2, 3)])
+    expected = [[[7, M.mask, 12, M.mask]], [[7, M.mask, 12, 13]], [[7, 11, 12, 13]]]
+    assert filled == expected, f"step by step {filled}, expected {expected}"
 
 
 def test_two_bits_that_differ_need_two_steps():
     """XOR: of two tokens one is 10, the other 11. With both masked, 10 is likelier at either place, so two
     tokens a step would give 10 10; the decoder reveals one, sees it, and answers 10 11 or 11 10."""
-    model = scripted(lambda tokens, b, t: one(11 if int(tokens[b, 3 - t]) == 10 else 10))
-    tokens = torch.tensor([[M.question, M.end, M.end]])  # the places are 1 and 2
-    *_, rows = decode_diffusion(model, tokens, blanks(tokens, (1, 2)))
-    assert sorted(rows[0, 1:].tolist()) == [10, 11]
+    model = scripted(lambda row, t: one(11 if 10 in row else 10))
+    *_, [last] = steps(decode_diffusion, model, [[M.question, M.end, M.end]], [(1, 2)])
+    assert sorted(last[1:]) == [10, 11], f"the two became {last[1:]}"
 
 
-def two(confidence):
-    return F.one_hot(confidence.topk(2, dim=1).indices, confidence.size(1)).sum(1).bool()
-
-
-def sure(confidence):
-    """At least one, and all that are surer than .9."""
-    return (confidence > 0.9) | (confidence == confidence.max(1, keepdim=True).values)
-
-
-@pytest.mark.parametrize("surest", (two, sure))
+@pytest.mark.parametrize("surest", (
+    lambda p: F.one_hot(p.topk(2, dim=1).indices, p.size(1)).sum(1).bool(),     # two a step
+    lambda p: (p > 0.9) | (p == p.max(1, keepdim=True).values)))                # all above .9, at least one
 def test_two_tokens_a_step_overwrite_nothing(surest, monkeypatch):
     """Whoever changes `surest` need not care for full rows: with three blanks in a row, one or none, each is
-    written once and no other place ever, not even the first. The model writes 10 + t in the first step,
-    20 + t in the second, so what is written twice would show."""
+    written once and no other place ever, not even the first. The model writes 10 + t where it sees three
+    masks, 30 + t where it sees one, so what is written twice would show."""
     monkeypatch.setattr(code, "surest", surest)
-    tokens = torch.tensor([[M.question, 99, 99, 99]] * 3)
-    model = scripted(lambda tokens, b, t: one({3: 10, 1: 20}[int((tokens[0] == M.mask).sum())] + t, 4.0 * t))
-    filled = list(decode_diffusion(model, tokens, blanks(tokens, (1, 2, 3), (2,), ())))
-    assert [rows[0, 1:].masked_fill(rows[0, 1:] == M.mask, 0).tolist() for rows in filled] == [
-        [0, 12, 13], [21, 12, 13]]
-    assert all(rows[:, 0].eq(M.question).all() for rows in filled)
-    assert all(rows[1:, 1:].tolist() == [[99, 12, 99], [99, 99, 99]] for rows in filled)
+    model = scripted(lambda row, t: one(40 - 10 * row.count(M.mask) + t, 4.0 * t))
+    assert steps(decode_diffusion, model, [[7, 99, 99, 99]] * 3, [(1, 2, 3), (2,), ()]) == [
+        [[7, M.mask, 12, 13], [7, 99, 32, 99], [7, 99, 99, 99]],
+        [[7, 31, 12, 13], [7, 99, 32, 99], [7, 99, 99, 99]]]
 
 
-@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion))
+@pytest.mark.parametrize("chosen", ([[False, False]], [[True, False]]))
+def test_a_decoder_that_reveals_nothing_is_stopped(chosen, monkeypatch):
+    """If `surest` chooses no place, or one that is given, nothing changes, and it would go on for ever."""
+    monkeypatch.setattr(code, "surest", lambda confidence: torch.tensor(chosen))
+    with pytest.raises(AssertionError, match="surest must choose a blank"):
+        steps(decode_diffusion, COUNTING, [[7, 99]], [(1,)])
+
+
+@pytest.mark.parametrize("decoder", (decode_ar, decode_diffusion, decode_masked))
 def test_a_mark_is_never_an_answer(decoder):
     """Even a model that would answer [pad], [mask] or [doc] everywhere must answer a word or the end."""
-    tokens = torch.tensor([[M.question, M.answer, M.end, M.end]])
-    model = scripted(lambda tokens, b, t: torch.arange(20.0, 0, -1))  # the lower the id the likelier
-    *_, rows = decoder(model, tokens, blanks(tokens, (2, 3)))
-    assert rows[0, 2:].tolist() == [M.end, M.end]
+    model = scripted(lambda row, t: torch.arange(20.0, 0, -1))  # the lower the id the likelier
+    *_, [last] = steps(decoder, model, [[M.question, M.answer, 99, 99]], [(2, 3)])
+    assert last[-2:] == [M.end, M.end]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_each_mode_learns_one_batch_by_heart(mode):
     """Trained on three questions and a document alone, the model answers exactly, and fills the end of the
-    document in: loss, shift and decoders agree. Behind a random prompt it can only recite."""
-    pairs = [("Who lives in Oslo?", "Curtis Chase Emley"), ("Who lives in Rome?", "Alice Lane Doyle"),
-             ("What is the major of Alice Lane Doyle?", "Law")]
-    documents, questions = rows("Curtis Chase Emley lives in Oslo."), rows(*pairs)
-    mode = MODES[mode]
-    base = MODES[mode.base]
-    model = Transformer(settings(n_layer=2, n_head=2, n_embd=32), CAUSAL[mode.base])
+    document in: loss, shift and decoders agree."""
+    answers = {"Who lives in Oslo?": "Curtis Chase Emley [end]", "Who lives in Rome?": "Alice Lane Doyle [end]",
+               "What is the major of Alice Lane Doyle?": "Law [end] [end] [end]"}
+    questions = stack([question_row(*pair) for pair in answers.items()])
+    base, document = MODES[mode.base], stack([document_row("Curtis Chase Emley lives in Oslo.")])
+    model = Transformer(SimpleNamespace(n_layer=2, n_head=2, n_embd=32, seed=0), mode.causal)
     optimizer, g = torch.optim.AdamW(model.parameters(), lr=5e-3), generator(1)
+    total = lambda: (loss(model, *mode.objective(*document, g, mode.ratio))
+                     + loss(model, *base.objective(*questions, g, base.ratio)))
     for _ in range(300):
-        value = loss(model, *mode.objective(*documents, g)) + loss(model, *base.objective(*questions, g))
-        value.backward()
+        total().backward()
         optimizer.step()
         optimizer.zero_grad()
-    asked, canvas = rows(*((q, "") for q, _ in pairs))  # all of the canvas is learned, and blank here
-    *_, answered = base.decode(model, asked, canvas)
-    answers = [decode(row[at].tolist()) for row, at in zip(answered, canvas)]
-    assert canvas.sum(1).eq(CANVAS).all() and answers == [answer for _, answer in pairs]
-    tokens = documents[0].clone()
+    model.eval()
+    assert total() < 0.1
+    tokens, canvas = stack([question_row(question, "") for question in answers])  # all of an answer is blank
+    *_, filled = base.decode(model, tokens, canvas)
+    assert [decode(row[at].tolist()) for row, at in zip(filled, canvas)] == [*answers.values()]
+    tokens = document[0].clone()
     tokens[:, 6:] = M.mask  # [doc] Curtis Chase Emley lives in [mask] [mask] [mask]
-    *_, filled = mode.decode(model, tokens, blanks(tokens, (6,)))
-    assert words_of([filled[0, -3]]) == ["Oslo"]
-    assert value < 0.1
+    *_, filled = mode.decode(model, tokens, torch.arange(9)[None] == 6)
+    assert decode([filled[0, -3]]) == "Oslo"

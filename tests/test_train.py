@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import mean
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,64 +20,65 @@ import torch.nn.functional as F
 import eval as evaluation
 import model as model_py
 import train
-from conftest import (ROOT, TINY, assert_same_run, bases, call, generator, log_of, result_of,
-                      same_weights, settings, stop_after, tiny, unbroken, weights)
-from data import EXAMS, MARKS, QUESTIONS, WORLDS, decode, make_corpus
-from diffusion import CAUSAL, MODES, loss
+from conftest import (ROOT, TINY, assert_same_run, base, call, generator, log_of, result_of, same_weights,
+                      settings, tiny, unbroken, watch_loss, weights)
+from data import ARMS, EXAMS, MARKS, QUESTIONS, WORLDS, decode, make_corpus
+from diffusion import MODES
 from model import DEVICES, Transformer
 
-
-BOOKS = WORLDS["books"].settings
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")  # a line goes on
 
 
-def tokens_a_step(mode, seed=0):
-    """By hand, of 13 documents and 3 questions; a prompt doubles what a document puts through the model."""
-    corpus = make_corpus(settings(seed=seed))
-    length = 2 * corpus.width if mode in ("masked", "random_prompt") else corpus.width
-    shift = mode != "diffusion"
-    return 13 * (length - shift) + 3 * (corpus.rows["known_forward"][0].size(1) - shift)
+def tokens_read(mode, documents, questions):
+    """By hand: a causal model reads all of a row but its last token; a prompt doubles a document."""
+    corpus = make_corpus(settings(seed=2))
+    width, of_question = corpus.width, corpus.rows["known_forward"][0].size(1)
+    a_document = {"ar": width - 1, "masked": 2 * width - 1, "diffusion": width}[mode]
+    return documents * a_document + questions * (of_question - MODES[mode].causal)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_trains_is_examined_and_answers(mode, monkeypatch, capsys):
+def test_each_mode_trains_is_examined_and_answers(mode, capsys):
     """A few steps through the command line, on a GPU if there is one, leave a checkpoint, a log, a result and
     all answers, and eval.py reads them all. Exams within the run ask questions alone, the last one all, and
-    its scores count. FLOPs: 6 a parameter and token. Run and base are causal if the mode's base is."""
-    made, real = [], train.Transformer
-    monkeypatch.setattr(train, "Transformer", lambda *shape: made.append(real(*shape)) or made[-1])
-    call(train, "--mode", mode, *TINY, "--n_layer", "2", "--seed", "2", "--device", DEVICES[-1])
-    folder = next(Path("out").glob(f"{mode}-none-*-seed2"))
-    result, table = result_of(folder), capsys.readouterr().out
-    for line in [line for line in log_of(folder) + log_of(bases()[0]) if "loss" in line]:
-        assert all(math.isfinite(line[name]) for name in ("loss", "gradient_norm", "lr"))
-    assert {"rank_new", "chance_backward", "code", "machine"} <= result.keys()
-    parts, exams = {*EXAMS, "bayes"}, result["exams"]
+    its scores count. Today's exam of the stored weights has the scores that are stored."""
+    call(train, "--mode", mode, *TINY, "--n_layer", 2, "--seed", 2, "--device", DEVICES[-1])
+    [folder] = Path("out").glob(f"{mode}-none-*-seed2")
+    result, exams, table = result_of(folder), result_of(folder)["exams"], capsys.readouterr().out
+    assert {"rank_new", "chance_backward", "code", "machine", "python", "torch"} <= result.keys()
+    parts = {*EXAMS, "bayes"}
     assert [parts & line.keys() for line in exams] == [{*QUESTIONS}] * 3 + [parts]
     assert [line["step"] for line in exams] == [0, 2, 4, 6] and exams[-1].items() <= result.items()
     right = {name: [] for name in EXAMS}
     for line in map(json.loads, Path(folder, "answers.jsonl").read_text(encoding="utf-8").splitlines()):
         right[line["exam"]].append(line["answer"] == line["truth"])
-    assert {name: sum(r) / len(r) for name, r in right.items()} == {name: result[name] for name in EXAMS}
-    parameters = sum(weight.numel() for weight in weights(folder).values())
-    assert result["documents"] == 6 * 13
-    assert result["flops"] == 6 * tokens_a_step(mode, seed=2) * 6 * parameters
-    for words, shown in (([folder], "known people"), ([], mode), ([folder, "--ask", "Who?"], "Who?")):
+    assert {name: mean(answers) for name, answers in right.items()} == {name: result[name] for name in EXAMS}
+    assert {name: len(answers) for name, answers in right.items()} == result["items"]
+    losses = [line["loss"] for line in log_of(folder) + log_of(base(mode, 2)) if "loss" in line]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    if mode in ("ar", "masked", "diffusion"):
+        assert result["tokens"] == 6 * tokens_read(mode, 4 + 9, 2 + 1)
+        assert log_of(base(mode, 2))[-1]["tokens"] == 4 * tokens_read(MODES[mode].base, 32, 16 + 16)
+    for words, shown in (([folder], "stored"), ([], mode), ([folder, "--ask", "Who?"], "Who?")):
         call(evaluation, *words)
         out = capsys.readouterr().out
-        assert shown in out and (shown != "known people" or out in table)
-    for place in (folder, bases()[0]):
+        assert shown in out
+        if shown == "stored":
+            rows = [line for line in out.splitlines() if "  0." in line or "  1." in line]
+            assert len(rows) == len(EXAMS) and all(row.split("  ")[0] in table for row in rows)
+            assert all(len(set(re.findall(r"\d\.\d\d(?= +(?:\d|[█·]))", row))) == 1 for row in rows)
+    for place in (folder, base(mode, 2)):
         saved_mode, corpus, model = evaluation.reopen(place)
-        assert model.causal == made[0].causal == (mode != "diffusion") == CAUSAL[MODES[saved_mode].base]
-        assert len(model.blocks) == 2 and corpus.people == make_corpus(settings(seed=2)).people
+        assert model.causal == MODES[mode].causal == MODES[saved_mode].causal and len(model.blocks) == 2
+        assert corpus.people == make_corpus(settings(seed=2)).people
 
 
 @pytest.mark.parametrize("flags, left_out", (
     (["--new", "1"], set()), (["--world", "books", "--new", "1", "--known", "1"], {"known_unasked"}),
     (["--world", "books", "--new", "1", "--paraphrases", "name_last"], {"recite", "known_unasked"})))
 def test_one_new_person_is_enough(flags, left_out, capsys):
-    """Groups that nobody is in are left out of the scores, and are a dash in the comparison; all else is a
-    finite number. (Of books, only the tenth known person's question is kept out of training.)"""
+    """Exams without items are left out of the scores, and are a dash in the comparison; all else is a finite
+    number. (Of books, only the tenth known person's question is kept out of training.)"""
     tiny(*flags)
     result = result_of("out/run")
     assert set(EXAMS) - result.keys() == left_out and "bayes" in result
@@ -84,40 +87,49 @@ def test_one_new_person_is_enough(flags, left_out, capsys):
     capsys.readouterr()
     call(evaluation)
     head, row = (re.split("  +", line) for line in capsys.readouterr().out.splitlines())
-    assert {name for name, cell in zip(head[2:], row[2:]) if cell == "-"} == left_out
+    assert {name for name, cell in zip(head[3:], row[3:]) if cell == "-"} == left_out
 
 
 @pytest.mark.parametrize("flags, folder, base", (
     ("", "none", "ar-none"), ("--known 300", "none-known300", "ar-none-known300"),
-    ("--lr .01 --wordings 5 --mask_ratio .75 .75", "none-lr0.01", "ar-none"),
-    ("--paraphrases reversed --texts 2 --forget 2", "reversed-texts2-forget2.0", "ar-none"),
-    ("--mode diffusion --mask_ratio 0 1", "none", "diffusion-none"),
-    ("--mode diffusion --mask_ratio .5 .5", "none-mask_ratio0.5-0.5", "diffusion-none"),
+    ("--lr .01 --batch 11 43 5 5", "none-lr0.01", "ar-none"),
+    ("--batch 4 9 2 1 --device cpu", "none-batch4-9-2-1", "ar-none"),
+    ("--paraphrases name_last --texts 2 --forget 2", "name_last-texts2-forget2.0", "ar-none"),
+    ("--mode diffusion --mask_ratio .5 1", "none-mask_ratio0.5-1.0", "diffusion-none"),
     ("--pretrain_steps 7", "none-pretrain_steps7", "ar-none-steps7"),
-    (f"--world books --steps {BOOKS['steps']}", "none-books", "ar-none-books"),
+    (f"--world books --steps {train.defaults('books').steps}", "none-books", "ar-none-books"),
     ("--world books --steps 77", "none-books-steps77", "ar-none-books")))
 def test_folder_and_base_are_named_after_what_was_changed(flags, folder, base, monkeypatch):
     """Mode, arm, world, each flag that differs from that world's default, seed: said or not, a default is the
     same run. Two runs with the name of one base have the same settings of pretraining."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-    now, place = train.parse_args()
-    assert place == Path("out", f"{now.mode}-{folder}-seed0")
-    run = train.Run("pretraining", train.of_base(now), None, torch.nn.Linear(2, 2))
-    assert run.folder == Path("out", f"base-{base}-seed0")
-    assert (base == "ar-none") == (run.settings == train.of_base(train.Settings()))
-    assert (run.settings.mode, run.settings.steps) == (MODES[now.mode].base, now.pretrain_steps)
+    stages = []
+    for name in ("make_corpus", "Transformer", "identity", "claim"):
+        monkeypatch.setattr(train, name, MagicMock())
+
+    def trained(stage, settings, corpus, model, folder):
+        stages.append((settings, str(folder)))
+        if stage == "fine-tuning":
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", trained)
+    with pytest.raises(KeyboardInterrupt):
+        call(train, *flags.split())
+    (pretraining, base_folder), (now, run_folder) = stages
+    assert run_folder == str(Path(f"out/{now.mode}-{folder}-seed0"))
+    assert base_folder == str(Path(f"out/base-{base}-seed0"))
+    assert (base == "ar-none") == (pretraining == train.of_base(train.Settings()))
+    assert (pretraining.mode, pretraining.steps) == (MODES[now.mode].base, now.pretrain_steps)
 
 
 def test_documents_and_questions_weigh_as_rows(monkeypatch):
     """A loss of 1 on the 13 documents and of 3 on the 3 questions of a batch is one of 22/16; in pretraining,
     with 11 and 5, it is one of 26/16."""
-    real = loss
+    real = train.loss
     monkeypatch.setattr(train, "loss", lambda model, inputs, *rest: 0 * real(model, inputs, *rest) + (
         3 if inputs[0, 0] == MARKS.question else 1))
-    monkeypatch.setitem(train.PRETRAINING, "question_share", 0.32)
+    monkeypatch.setitem(train.PRETRAINING, "batch", [11, 0, 3, 2])
     tiny()
-    for folder, mean in (("out/run", 22 / 16), (bases()[0], 26 / 16)):
-        assert {line["loss"] for line in log_of(folder) if "loss" in line} == {mean}
+    for folder, mean_loss in (("out/run", 22 / 16), (base(), 26 / 16)):
+        assert {line["loss"] for line in log_of(folder) if "loss" in line} == {mean_loss}
 
 
 def rows_read(monkeypatch, *flags):
@@ -125,7 +137,7 @@ def rows_read(monkeypatch, *flags):
     read, real = [], train.draw
 
     def draw(corpus, counts, generator):
-        stage = "fine-tuning" if generator.initial_seed() % 4 else "pretraining"  # as Run seeds them
+        stage = "fine-tuning" if generator.initial_seed() % 4 else "pretraining"  # as `train` seeds them
         drawn = real(corpus, counts, generator)
         read.extend((stage, ids) for ids in drawn[0].tolist())
         return drawn
@@ -137,39 +149,38 @@ def rows_read(monkeypatch, *flags):
 
 
 def test_no_training_row_is_a_new_persons_question(monkeypatch):
-    """By hand, all rows of 4 and 6 steps: 13 documents and 3 questions a step, 11 and 5 in pretraining. In
-    fine-tuning 9 of the 13 tell of new people, and nothing else ever does. All modes with one seed read the
-    same rows in the same order, whatever they mask; pretraining does not depend on the arm of new people."""
+    """All rows of 4 and 6 steps, counted by hand: those of --batch 4 9 2 1 and, in pretraining, 3 documents
+    and 3 questions. In fine-tuning 9 of the 13 documents tell of new people, and nothing else ever does. All
+    modes with one seed read the same rows in the same order, whatever they mask; pretraining does not depend
+    on the arm of new people."""
     new = [person.name for person in make_corpus(settings()).people[6:]]
-    monkeypatch.setitem(train.PRETRAINING, "question_share", 0.32)
+    monkeypatch.setitem(train.PRETRAINING, "batch", [3, 0, 2, 1])
     masked = rows_read(monkeypatch)
-    assert Counter((stage, MARKS._fields[ids[0]], any(name in decode(ids) for name in new))
-                   for stage, ids in masked) == {
-        ("pretraining", "doc", False): 4 * 11, ("pretraining", "question", False): 4 * 5,
-        ("fine-tuning", "doc", False): 6 * 4, ("fine-tuning", "doc", True): 6 * 9,
-        ("fine-tuning", "question", False): 6 * 3}
-    for mode in ("ar", "random_prompt"):
-        assert rows_read(monkeypatch, "--mode", mode) == masked
-    assert rows_read(monkeypatch, "--paraphrases", "name_anywhere")[:64] == masked[:64]
+    assert Counter((stage, decode(ids[:1]), decode(ids[1:2]) in ("What", "Who") and decode(ids[1:2]),
+                    any(name in decode(ids) for name in new)) for stage, ids in masked) == {
+        ("pretraining", "[doc]", False, False): 4 * 3, ("pretraining", "[question]", "What", False): 4 * 2,
+        ("pretraining", "[question]", "Who", False): 4 * 1,
+        ("fine-tuning", "[doc]", False, False): 6 * 4, ("fine-tuning", "[doc]", False, True): 6 * 9,
+        ("fine-tuning", "[question]", "What", False): 6 * 2, ("fine-tuning", "[question]", "Who", False): 6}
+    assert rows_read(monkeypatch, "--mode", "ar") == masked
+    assert rows_read(monkeypatch, "--paraphrases", "name_anywhere")[:24] == masked[:24]
     assert rows_read(monkeypatch, "--seed", "1") != masked
 
 
-@pytest.mark.parametrize("optimizer", ("muon", "adamw"))
-def test_the_rates_reach_their_optimizers(optimizer, monkeypatch):
+def test_the_rates_reach_their_optimizers(monkeypatch):
     """After the last step: each peak rate times the schedule (up in 2 % of the steps, then straight down), in
     the stage it belongs to, for every weight once; rate 0 leaves the base as it is."""
     rates = [train.schedule(step, 100) for step in range(100)]
     assert [*rates[:3], rates[50], rates[99]] == pytest.approx([1 / 3, 2 / 3, 0.98, 0.5, 0.01])
     monkeypatch.setattr(train, "PRETRAINING", train.PRETRAINING | {"lr": 0.01, "embed_lr": 0.02})
-    tiny("--optimizer", optimizer, "--lr", 0.03, "--embed_lr", 0.04)
-    for folder, peaks, share in ((bases()[0], (0.01, 0.02), 1 / 4), ("out/run", (0.03, 0.04), 1 / 6)):
+    tiny("--lr", 0.03, "--embed_lr", 0.04)
+    for folder, peaks, share in ((base(), (0.01, 0.02), 1 / 4), ("out/run", (0.03, 0.04), 1 / 6)):
         saved = torch.load(Path(folder, "ckpt.pt"), weights_only=True)
         groups = [group for state in saved["optimizers"] for group in state["param_groups"]]
-        assert [len(group["params"]) for group in groups] == [1] * 5 and len(saved["model"]) == 5
-        assert [group["lr"] / share for group in groups] == pytest.approx([peaks[0]] * 4 + [peaks[1]])
-    assert len(saved["optimizers"]) == (2 if optimizer == "muon" else 1)
-    tiny("--optimizer", optimizer, "--lr", "0", "--embed_lr", "0", folder="out/still")
-    assert same_weights("out/still", bases()[0])
+        assert [len(group["params"]) for group in groups] == [4, 1, 0] and len(saved["model"]) == 5
+        assert [group["lr"] / share for group in groups] == pytest.approx([*peaks, peaks[0]])
+    tiny("--lr", "0", "--embed_lr", "0", name="still")
+    assert same_weights("out/still", base())
 
 
 class Gain(model_py.Block):
@@ -183,13 +194,12 @@ class Gain(model_py.Block):
         return super().mlp(x * self.gain)
 
 
-@pytest.mark.parametrize("optimizer, steps, lr", (("muon", 100, 0.002), ("muon", 1000, 0.01),
-                                                  ("adamw", 100, 0.002)))
-def test_what_is_not_read_is_forgotten_by_as_much_however_long_a_run_is(optimizer, steps, lr, monkeypatch):
+@pytest.mark.parametrize("steps, lr", ((100, 0.002), (1000, 0.01)))
+def test_what_is_not_read_is_forgotten_by_as_much_however_long_a_run_is(steps, lr, monkeypatch):
     """Under gradients of zero every matrix shrinks to exp(-forget), the embedding to exp(-embed_forget), in
     100 steps as in 1,000, at any rate. A norm's gain starts at one, in AdamW, at --lr and without decay."""
     monkeypatch.setattr(model_py, "Block", Gain)
-    how = settings(steps=steps, lr=lr, forget=1.5, embed_forget=0.5, optimizer=optimizer, n_layer=2)
+    how = settings(steps=steps, lr=lr, forget=1.5, embed_forget=0.5, n_layer=2)
     model = Transformer(how, True)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert start["blocks.1.gain"].eq(1).all()
@@ -209,29 +219,22 @@ def test_what_is_not_read_is_forgotten_by_as_much_however_long_a_run_is(optimize
         torch.testing.assert_close(p.detach(), share * start[name], rtol=0.03, atol=1e-6)
 
 
-def test_a_layer_frozen_in_finetune_is_pretrained_and_then_stays(monkeypatch):
-    """`model.blocks[0].requires_grad_(False)` where finetune says so: the base learns that block, fine-tuning
-    leaves it alone bit for bit, decay included; the norm and the FLOPs in the log are of what learns."""
-    real, runs = train.finetune, []
+def test_a_block_frozen_after_the_base_is_pretrained_and_then_stays(monkeypatch):
+    """The line that a comment in `main` gives, run where it stands, before fine-tuning: the base learns that
+    block, fine-tuning leaves it alone bit for bit, decay included, and goes on with the rest."""
+    real, source = train.train, (ROOT / "train.py").read_text(encoding="utf-8")
+    [line] = re.findall("# Here the base is done.*?(model.*)", source)
 
-    def finetune(settings, corpus, model, folder):
-        model.blocks[0].requires_grad_(False)
-        runs.append(real(settings, corpus, model, folder))
-        return runs[-1]
-    monkeypatch.setattr(train, "finetune", finetune)
+    def train_frozen(stage, settings, corpus, model, folder):
+        if stage == "fine-tuning":
+            exec(line, {"model": model})
+        return real(stage, settings, corpus, model, folder)
+    monkeypatch.setattr(train, "train", train_frozen)
     tiny("--n_layer", "2", "--forget", "3")
-    start = Transformer(settings(n_layer=2), True).state_dict()
-    base, end = weights(bases()[0]), weights("out/run")
-    for name in base:
-        assert not torch.equal(start[name], base[name])
-        assert torch.equal(base[name], end[name]) == name.startswith("blocks.0")
-    model = runs[0].model
-    frozen, learning = ([p for p in model.parameters() if p.requires_grad == x] for x in (False, True))
-    by_hand = sum(p.grad.double().square().sum() for p in learning).sqrt().item()
-    assert log_of("out/run")[-1]["gradient_norm"] == pytest.approx(by_hand, rel=1e-5)
-    assert len(frozen) == 4 and all(p.grad is None for p in frozen)
-    per_token = 6 * sum(p.numel() for p in learning) + 4 * sum(p.numel() for p in frozen)
-    assert log_of("out/run")[-1]["flops"] == per_token * 6 * tokens_a_step("masked")
+    start, before, after = Transformer(settings(n_layer=2), True).state_dict(), weights(base()), weights("out/run")
+    for name in before:
+        assert not torch.equal(start[name], before[name])
+        assert torch.equal(before[name], after[name]) == name.startswith("blocks.0")
 
 
 @pytest.fixture
@@ -248,8 +251,8 @@ def dropout(monkeypatch):
 
 @pytest.mark.parametrize("stopped_at", (3, 13))
 def test_dropout_is_one_line(stopped_at, dropout, monkeypatch):
-    """One line in Block.mlp: two runs with one seed are equal, a resumed one equals an unbroken one, whatever
-    drew numbers in between. Exams, `--exam` and `--ask` have the whole model: dropout is for learning."""
+    """One line in Block.mlp: a run that was stopped and resumed equals an unbroken one with that seed, whatever
+    drew numbers in between. Exams and `--ask` have the whole model: dropout is for learning."""
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     dropped = []
     for name in ("exam", "bayes"):
@@ -266,14 +269,14 @@ def test_dropout_is_one_line(stopped_at, dropout, monkeypatch):
     def stop():
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        stop_after(stopped_at, patch, stop)
+        watch_loss(patch, stopped_at, stop)
         with pytest.raises(KeyboardInterrupt):
             tiny()
     torch.rand(7)
     tiny()
     assert_same_run("a/run", "out/run")
-    assert_same_run("a/base", bases()[0])
-    for flags in (["--exam"], ["--ask"], ["--ask", "Who went to Yale?"]):
+    assert_same_run("a/base", base())
+    for flags in ([], ["--ask"], ["--ask", "Who studied?"]):
         dropout.clear()
         call(evaluation, "out/run", *flags)
         assert dropout == {False}, flags
@@ -284,21 +287,25 @@ def test_the_mask_ratio_reaches_the_documents_of_fine_tuning_alone(monkeypatch):
     Another ratio gives other weights from the same base."""
     given, real = Counter(), MODES["diffusion"]
 
-    def objective(tokens, learned, generator, ratio=(0, 1)):
-        given[MARKS._fields[tokens[0, 0]], tuple(ratio)] += 1
+    def objective(tokens, learned, generator, ratio):
+        stage = {1: "pretraining", 3: "fine-tuning"}.get(generator.initial_seed())  # as `train` seeds masks
+        given[stage, decode(tokens[0, :1].tolist()), tuple(ratio)] += 1
         return real.objective(tokens, learned, generator, ratio)
     monkeypatch.setitem(MODES, "diffusion", real._replace(objective=objective))
-    monkeypatch.setattr(train, "bayes", lambda *_: {})  # which hides all of an answer
     tiny("--mode", "diffusion", "--mask_ratio", ".1", ".2")
-    assert given == {("doc", (0, 1)): 4, ("doc", (0.1, 0.2)): 6, ("question", (0, 1)): 4 + 6}
-    tiny("--mode", "diffusion", "--mask_ratio", ".3", ".4", folder="out/other")
-    assert not same_weights("out/run", "out/other") and len(bases()) == 1
+    assert {key: n for key, n in given.items() if key[0]} == {
+        ("pretraining", "[doc]", (0, 1)): 4, ("pretraining", "[question]", (0, 1)): 4,
+        ("fine-tuning", "[doc]", (0.1, 0.2)): 6, ("fine-tuning", "[question]", (0, 1)): 6}
+    before = weights(base("diffusion"))
+    tiny("--mode", "diffusion", "--mask_ratio", ".3", ".4", name="other")
+    assert not same_weights("out/run", "out/other")
+    assert before.keys() and all(torch.equal(before[name], p) for name, p in weights(base("diffusion")).items())
 
 
 @pytest.mark.parametrize("shape", ((48, 16), (16, 16), (16, 64)))
 def test_muon_is_muon(shape):
-    """Five steps with random gradients move two matrices, which ours takes together, as PyTorch's own moves
-    each, within its bfloat16 precision."""
+    """Five steps with random gradients, small or large, move a matrix as PyTorch's own Muon does, within its
+    bfloat16 precision."""
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(2)] for _ in range(2))
     optimizers = (train.Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.5}]),
                   torch.optim.Muon(theirs, 0.1, momentum=0.95, weight_decay=0.5))
@@ -311,9 +318,10 @@ def test_muon_is_muon(shape):
         assert (a - b).norm() < 0.02 * (a - torch.ones(shape)).norm()
 
 
-def test_the_readmes_commands_are_accepted(monkeypatch):
+def test_the_readmes_commands_are_accepted(monkeypatch, capsys):
     """Every `python train.py ...` in the README, and every row of flags in its tables and loops, is parsed by
-    the script; the files that it names or links exist, but for what a run writes."""
+    the script; eval.py knows the flags that it is given there; the files that the README names or links exist,
+    but for what a run writes."""
     commands = re.findall(r"python train\.py([^\n`#|<>;]*)", README)
     assert len(commands) >= 3
     values = {"mode": "ar", "seed": "0", "texts": "2", "arm": "none", "world": "books"}
@@ -321,38 +329,47 @@ def test_the_readmes_commands_are_accepted(monkeypatch):
         words = re.sub(r"\$(\w+)", lambda name: values[name[1]], command.replace("...", ""))
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
         train.parse_args()
+    with pytest.raises(SystemExit):
+        call(evaluation, "--help")
+    known = capsys.readouterr().out
+    for flag in re.findall(r"python eval\.py[^\n`]*?(--\w+)", README):
+        assert flag in known, flag
     names = re.findall(r"`([\w./-]+\.(?:py|md|txt))`|\]\((?!https?:|#)([^)\s]+)\)", README)
     for name in map("".join, names):
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
 
 
-@pytest.mark.skipif("\n## The tour" not in README, reason="the README has no tour yet")
+@pytest.mark.skipif("\n## The tour" not in README, reason="the README has no tour")
 def test_the_tour_names_what_there_is():
     """The functions that the README leads through stand in the files that it gives."""
     tour = README.split("\n## The tour")[1].split("\n## ")[0]
     stops = re.findall(r"`([\w.]+)` \((\w+\.py)\)", tour)
     assert len(stops) >= 8
     for name, file in stops:
-        place = importlib.import_module(file.removesuffix(".py"))
-        for part in name.split("."):
-            place = getattr(place, part)
+        part = name.split(".")[-1]
         source = (ROOT / file).read_text(encoding="utf-8")
         assert re.search(rf"^\s*(def|class) {part}\b|^{part} = ", source, re.MULTILINE), name
 
 
-RUN = f"train.py {' '.join(TINY)}"
-
-
 @pytest.mark.parametrize("script, inside", (
-    ("data.py", True), ("diffusion.py", True), ("train.py --help", True), ("eval.py --help", True),
-    (RUN, True), (RUN, False)))
+    ("data.py", True), ("diffusion.py", True), ("train.py", True), ("train.py", False)))
 def test_scripts_start_from_a_shell(script, inside):
     """As a child process from their own folder, as most people do (a copy, for out/ lands there), or from
     another one, with output that is no terminal and can only show ASCII."""
-    name, *flags = script.split()
     for file in ROOT.glob("*.py") if inside else ():
         shutil.copy(file, ".")
-    path = name if inside else str(ROOT / name)
-    done = subprocess.run([sys.executable, path, *flags], capture_output=True, encoding="ascii",
+    words = [script if inside else str(ROOT / script), *(TINY if script == "train.py" else [])]
+    done = subprocess.run([sys.executable, *words], capture_output=True, encoding="ascii",
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and len(done.stdout) > 200, done.stderr
+
+
+@pytest.mark.parametrize("script", (train, evaluation))
+def test_help_names_every_flag(script, capsys):
+    """With a default or an advice each, in ASCII, so that any terminal shows it."""
+    with pytest.raises(SystemExit) as stop:
+        call(script, "--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and said.isascii()
+    for flag in train.Settings.__dataclass_fields__ if script is train else ("plot", "ask"):
+        assert f"--{flag}" in said
