@@ -28,20 +28,19 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-# --- Worlds and arms. To add an attribute or a world of your own, add an entry to `WORLDS`, further down. `check`
-# says what is wrong with one.
+# --- Worlds and arms. For an attribute or a world of your own, add an entry to `WORLDS`, further down.
 
 class Attribute(NamedTuple):
     """One kind of fact."""
     values: list        # all it can be: words used nowhere else, the same number of words (up to 3) in each
-    name_first: list    # ways to word it behind a name or pronoun: "He comes from" Elkton
-    name_last: str      # the way to word it in front of a name: Elkton "gave us" Curtis Chase Emley
+    name_first: list    # wordings of a sentence that begins with a name or pronoun: He "comes from" Elkton
+    name_last: str      # the wording of one that ends with the name: Elkton "gave us" Curtis Chase Emley
     clue: str           # how a backward question words it: Who "was born in" Elkton
 
 
 class World(NamedTuple):
     attributes: dict    # its name, as in "What is the birth city of ...?" -> Attribute
-    who: str            # a backward question, with a {} for each clue
+    who: str            # the template of a backward question, with a {} for each clue
     settings: dict      # what `--world` changes in the defaults of train.py
 
 
@@ -50,7 +49,7 @@ class Arm(NamedTuple):
     about: str                      # for --help
     texts: int = 1                  # texts a person
     change_order: bool = False      # the order of the facts changes from text to text
-    name: tuple = ("first",)        # where the name stands in one text after the other: first, anywhere, last
+    name: tuple = ("first",)        # where the name stands, in one text after the other
 
 
 ARMS = {  # the first three as in the paper
@@ -72,24 +71,25 @@ class Person(NamedTuple):
 
 def make_people(n, world, rng):
     """n people, no two with the same name or the same facts. Each value is drawn independently."""
-    names = len(MEN + WOMEN) * len(MIDDLE) * len(LAST)
-    room = min(names, prod(len(attribute.values) for attribute in world.attributes.values()))
+    n_facts = prod(len(attribute.values) for attribute in world.attributes.values())
+    room = min(n_facts, len(MEN + WOMEN) * len(MIDDLE) * len(LAST))
     if n > room / 2:
         sys.exit(f"{n:,} people are too many for a world of {room:,} different ones: at most half as many")
-    people, taken = [], set()
+    people, names, lives = [], set(), set()
     while len(people) < n:
         first = rng.choice(MEN + WOMEN)
         name = f"{first} {rng.choice(MIDDLE)} {rng.choice(LAST)}"
         facts = {a: rng.choice(attribute.values) for a, attribute in world.attributes.items()}
-        if not taken & {name, str(facts)}:
-            taken |= {name, str(facts)}
+        if name not in names and str(facts) not in lives:
+            names.add(name)
+            lives.add(str(facts))
             people.append(Person(name, "He" if first in MEN else "She", facts))
     return people
 
 
 def documents(person, arm, world, rng):
-    """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts. Each
-    fact is worded in one of its ways or, in front of the name, in the one way that it has there."""
+    """The texts about one person, written as `arm` (an Arm) says, each with the name once and all facts. For
+    each fact one of its wordings is drawn. For the one that ends with the name there is only `name_last`."""
     texts = []
     for i in range(arm.texts):
         order = list(world.attributes)
@@ -114,8 +114,8 @@ def forward_question(person, attribute):
 
 
 def clues(person, world):
-    """The sets of facts that backward questions give, each fact as ("birth city", "Elkton"): every triple of
-    them, or every single one, as the world's question has room for."""
+    """The sets of facts that backward questions give, each fact as ("birth city", "Elkton"): all sets of n
+    facts, if the template of the question has room for n."""
     return list(combinations(person.facts.items(), world.who.count("{}")))
 
 
@@ -127,12 +127,12 @@ def backward_question(facts, world):
 
 class Marks(NamedTuple):
     """The special tokens. In a text they stand in brackets: "[doc] He lives in Oslo. [end]"."""
-    pad: int = 0        # fills a row to the common length: never attended, hidden or scored
-    mask: int = 1       # a hidden token
+    pad: int = 0        # fills a row to the common length
+    mask: int = 1       # stands for a hidden token
     end: int = 2        # closes a document; in an answer, fills the places that are left
     doc: int = 3        # opens a document
     question: int = 4   # opens a question
-    answer: int = 5     # opens an answer; also a document that follows a prompt
+    answer: int = 5     # opens an answer
 
 
 MARKS = Marks()
@@ -140,8 +140,8 @@ CANVAS = 4  # tokens of every answer: up to three words, then [end]s
 
 
 def encode(text):
-    """The token ids of a text. A word and a mark have the space before them in their token, so a word has the
-    same one everywhere, even in front."""
+    """The token ids of a text. The space before a word or a mark belongs to its token. So that the first word
+    has the same token as anywhere else, it gets a space, too."""
     return TOKENIZER.encode("".join(f" {word}" for word in text.split()), allowed_special="all")
 
 
@@ -150,8 +150,9 @@ def decode(ids):
     return TOKENIZER.decode(ids).removeprefix(" ")
 
 
+# A row is two texts: what is given, which is always shown and never hidden or scored, and what is learned.
+
 def document_row(text):
-    """A row is two texts: what is given, always shown and never hidden or scored, and what is learned."""
     return "[doc]", f"{text} [end]"
 
 
@@ -175,12 +176,12 @@ def stack(rows, width=0):
 
 
 def longest(world):
-    """Tokens of the longest document that the world can have. All documents are padded to that width: behind
-    the prompt of `masked` the response must begin at the same position in training and in the exam."""
+    """The number of tokens of the longest document that a world can have. All documents are padded to it, so
+    that the response of `masked`, which follows a document, begins at one position in training and exam."""
     sentences = [max(len(encode(f"{way} {attribute.values[0]}.")) for way in
                      [*attribute.name_first, attribute.name_last]) for attribute in world.attributes.values()]
-    name, pronouns = len(encode(f"{MEN[0]} {MIDDLE[0]} {LAST[0]}")), len(sentences) - 1
-    return len(encode("[doc] [end]")) + name + pronouns + sum(sentences)
+    n_pronouns = len(sentences) - 1
+    return len(encode(f"[doc] {MEN[0]} {MIDDLE[0]} {LAST[0]} [end]")) + n_pronouns + sum(sentences)
 
 
 # --- The corpus: everything that a run reads and is asked
@@ -195,7 +196,7 @@ class Item(NamedTuple):
     """What an exam asks. To split a score, by attribute or by anything else, ask the item."""
     given: str          # what is shown, up to the first [mask]
     truth: str          # what must follow; of a question all of the canvas, "Elkton [end] [end] [end]"
-    masks: int          # how many [mask]s follow what is given; the truth fills the first of them
+    masks: int          # how many [mask]s follow what is given; more than the truth has words in `recite`
     person: Person
     attributes: tuple   # the one that is asked for or, backward, those of the clues
 
@@ -205,8 +206,8 @@ class Corpus(NamedTuple):
     width: int          # tokens of a document's row
     known: int          # how many of the people are known
     people: list        # known people, then new people
-    rows: dict          # all that is read in training: "known", "new" (documents), "known_forward",
-                        # "known_backward" (questions) -> tokens (N, T), learned (N, T)
+    rows: dict          # all that is read in training -> tokens (N, T), learned (N, T): the documents
+                        # "known" and "new", the questions "known_forward" and "known_backward"
     exams: dict         # name -> [Item]
 
 
@@ -227,7 +228,7 @@ def make_corpus(settings):
     rows = {"known": [], "new": [], "known_forward": [], "known_backward": []}
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
-        own_rng = random.Random(f"{settings.seed} {person.name}")  # so an arm changes no one else's texts
+        own_rng = random.Random(f"{settings.seed} {person.name}")  # or a longer arm would change all others
         texts = documents(person, known_arm if i < settings.known else new_arm, world, own_rng)
         forward = [Item(*question_row(forward_question(person, a), value), CANVAS, person, (a,))
                    for a, value in person.facts.items()]
@@ -236,14 +237,14 @@ def make_corpus(settings):
                     for facts in clues(person, world) if how_many_fit[facts] == 1]
         rng.shuffle(backward)
         if i < settings.known:
-            # One in ten is kept back. The count starts at i, or a world with one such question a person would
-            # keep back none or all of them.
+            # Every tenth is kept back, counted from i, the number of the person. Counted from 0, a world with
+            # one question a person would keep back none.
             unasked = [item for j, item in enumerate(backward, start=i + 1) if j % UNASKED == 0]
             asked = [item for item in backward if item not in unasked]
             rows["known"] += [document_row(text) for text in texts]
             rows["known_forward"] += [(item.given, item.truth) for item in forward]
             rows["known_backward"] += [(item.given, item.truth) for item in asked]
-            if i < settings.new:  # no more known than new people are examined
+            if i < settings.new:  # no more known than new people are examined, and by a few questions each
                 exams["known_forward"] += forward
                 exams["known_backward"] += asked[:2]
                 exams["known_unasked"] += unasked
@@ -254,15 +255,17 @@ def make_corpus(settings):
             exams["backward"] += backward[:4]
     if not (rows["known_backward"] and exams["backward"]):
         sys.exit("no backward question fits one person alone: give this world more values")
-    width = longest(world)
-    of_questions = stack(rows["known_forward"] + rows["known_backward"])[0].size(1)
-    tensors = {name: stack(group, of_questions if "_" in name else width) for name, group in rows.items()}
+    width, width_asked = longest(world), stack(rows["known_forward"] + rows["known_backward"])[0].size(1)
+    tensors = {"known": stack(rows["known"], width), "new": stack(rows["new"], width),
+               "known_forward": stack(rows["known_forward"], width_asked),
+               "known_backward": stack(rows["known_backward"], width_asked)}
     return Corpus(world, width, settings.known, people, tensors, exams)
 
 
 def recite(person, text):
-    """Can a text be continued? For each fact, all that it says before the value is given, and [mask]s up to
-    the length of the text. A value that comes before the name is left out: nobody can know whose it is."""
+    """Can a text be continued? Given is all that it says before a value, "[doc] Curtis Chase Emley comes
+    from", and [mask]s for the rest, of which those of the value are filled. A value that comes before the
+    name is left out: nobody can know whose it is."""
     items, length = [], len(encode(f"[doc] {text} [end]"))
     for attribute, value in person.facts.items():
         before = text[:re.search(rf"\b{value}\b", text).start()]
@@ -273,7 +276,7 @@ def recite(person, text):
 
 
 # -----------------------------------------------------------------------------
-# From here on: no idea of the paper; skip it at first. The words, what an entry must keep to, a look at all.
+# From here on: no idea of the paper; skip it at first. The words, their tokens, a check, a demonstration.
 
 MONTHS = "January February March April May June July August September October November December".split()
 WORLDS = {
@@ -355,7 +358,8 @@ LAST = """Abernathy Ackerman Aldridge Archer Atwood Barlow Beckett Bellamy Birch
     Sinclair Talbot Upton Vaughn Walton Wyatt""".split()
 
 # Every word that can be written; sorted, so that a word has the same id in every run.
-everything = [*MEN, *WOMEN, *MIDDLE, *LAST, "What is the of Who and He She"]
+FRAME = "What is the of Who and He She"  # of questions and sentences
+everything = [*MEN, *WOMEN, *MIDDLE, *LAST, FRAME]
 for world in WORLDS.values():
     everything += [world.who, *world.attributes]
     for attribute in world.attributes.values():
@@ -376,7 +380,7 @@ def check(world):
     """End with a line that names the entry if one does not keep to what `Attribute` asks for."""
     if not 1 <= world.who.count("{}") <= len(world.attributes):
         sys.exit(f"data.py, {world.who!r}: give it a {{}} for each clue, at most one an attribute")
-    pools = {"first names": MEN + WOMEN, "middle names": MIDDLE, "last names": LAST, "wordings": []}
+    pools = {"first names": MEN + WOMEN, "middle names": MIDDLE, "last names": LAST, "wordings": [FRAME]}
     for name, attribute in world.attributes.items():
         pools[name] = attribute.values
         pools["wordings"] += [*attribute.name_first, attribute.name_last, attribute.clue]
@@ -394,6 +398,7 @@ def check(world):
 
 if __name__ == "__main__":
     for world_name, world in WORLDS.items():
+        check(world)
         rng = random.Random()
         [person] = make_people(1, world, rng)
         for arm_name, arm in ARMS.items():

@@ -1,13 +1,12 @@
 """
 Corruption, the objectives, the decoders, and the table of modes.
 
-`masked` is `ar` on a longer row: a document full of holes, and then the whole document, which alone is
-scored. What goes in, and under each token what is asked there (both halves are padded to one length, not
-shown here):
+`masked` is `ar` on a longer row: a document full of holes, the prompt, and behind it the whole document, the
+response, which alone is scored. Under each token of the response stands what is asked there:
 
-    in    [doc]    [mask] [mask] [mask] [mask] from   Elkton [mask] [mask]
-    in    [answer] Curtis Chase  Emley  comes  from   Elkton .
-    asked Curtis   Chase  Emley  comes  from   Elkton .      [end]
+    prompt      [doc]    [mask] [mask] [mask] [mask] from   Elkton [mask] [mask]
+    response    [answer] Curtis Chase  Emley  comes  from   Elkton .
+    asked       Curtis   Chase  Emley  comes  from   Elkton .      [end]
 
 An objective maps clean documents to (inputs, targets, weights). Let x be the L tokens of a document (after
 [doc], and with its [end]), h the set of the k hidden positions, and x' the same with [mask] at those:
@@ -16,9 +15,9 @@ An objective maps clean documents to (inputs, targets, weights). Let x be the L 
     diffusion   -1/k sum_{i in h}  log p(x_i | x')          the hidden tokens, from both sides
     masked      -1/L sum_i         log p(x_i | x', x_<i)    `ar`, but with x' as a prompt
 
-So a causal model, too, learns a fact in every direction: whatever was hidden must be recalled from the rest.
-With `ar` it does not: on a text that starts with the name it learns p(name) and p(facts | name), but
-p(name | facts) is not in its loss.
+So under `masked` a causal model, too, learns a fact in every direction: whatever was hidden must be recalled
+from the rest. With `ar` it does not: on a text that starts with the name it learns p(name) and
+p(facts | name), but p(name | facts) is not in its loss.
 
     python diffusion.py        print what goes into the model and, beside each token, what it must predict
     python train.py --mode masked --mask_ratio 0 1
@@ -51,32 +50,31 @@ def corrupt(learned, ratio, generator):
         mean over all orders of -log p(x)  =  M_L + ... + M_1  =  L x the mean of M_k over k
 
     With k drawn evenly from 1..L, which is `ratio` (0, 1), one row estimates that mean: the loss per token,
-    comparable with `ar`'s. (This is the negative ELBO: it bounds -log p(x) of the mixture of all orders.)
-    Hiding each token with probability t and weighing it by 1 / t, as in eq. 1 of the paper, has the same
-    expectation if t is drawn from 0 to 1. The paper draws it from .05 to .95. That, like (.05, .95) here,
-    makes some k rarer than others, and so it is not the ELBO.
+    comparable with `ar`'s. It is the negative ELBO: it bounds -log p(x) of the mixture of all orders. Hiding
+    each token with probability t and weighing it by 1 / t, as eq. 1 of the paper does, has the same
+    expectation if t is drawn from 0 to 1. The paper draws t from .05 to .95. Like (.05, .95) here, that makes
+    some k rarer than others, and so it is not the ELBO.
 
-    A batch holds the rows of known people first, then those of new people. Whoever draws the t of a batch
-    from slices of the range must permute them, or known people's documents get all the small ones.
+    Each row draws its own t. If you draw the t of a batch from slices of the range instead, permute them: a
+    batch has known people's rows first, which would get all the small ones.
     """
     low, high = ratio
     t = low + (high - low) * torch.rand(len(learned), 1, generator=generator)       # (B, 1)
-    # A schedule goes here. It should map t into low .. high, since `masked` and the exam pass narrow ranges.
+    # A schedule of yours goes here. Keep its t between low and high: `masked` and `log_p` rely on it.
     assert 0 <= t.min() and t.max() <= 1, "corrupt: a share t of tokens to hide must lie in 0 .. 1"
     L = learned.sum(1, keepdim=True)                                                # (B, 1)
     k = (t * L - 1e-4).ceil()   # (B, 1). Without the 1e-4, .6 x 25 = 15.000001 would be rounded up to 16
-    draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)     # too fine for ties
-    draws = draws.masked_fill(~learned, 2)              # what is given comes last
-    rank = draws.argsort(1).argsort(1)                  # (B, T): 0 for the smallest draw of a row
-    hidden = rank < k                                   # (B, T): the k smallest
+    draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)     # (B, T)
+    draws = draws.masked_fill(~learned, 2)      # what is given comes last
+    rank = draws.argsort(1).argsort(1)          # (B, T): of each draw in its row, 0 for the smallest
+    hidden = rank < k                           # (B, T): the k smallest
     return hidden, hidden / k.clamp(min=1)
 
 
 # --- Objectives: (tokens, learned, generator, ratio) -> inputs, targets, weights
 #
-# `tokens` are documents or questions. Of a question only the answer is learned. Questions meet only the
-# objectives of the two bases, `ar` and `diffusion`, with the ratio that stands in their row of `MODES`.
-# --mask_ratio is for documents.
+# `tokens` are documents or questions. Of a question only the answer is learned. Questions are always trained
+# as the base of a mode is, by `ar` or `diffusion` with its own ratio; --mask_ratio is for documents.
 
 def ar(tokens, learned, generator=None, ratio=None):
     """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over what is learned of each row. Nothing is
@@ -95,9 +93,9 @@ def with_response(prompts, tokens, places):
     """Prompts and documents (B, T) -> rows (B, 2T): the prompt, then the document with [answer] instead of
     [doc]. Padding between them is never attended.
 
-    `places` (B, T) bool are positions of the documents: in training `learned`, in an exam the blanks. In what
-    is returned (B, 2T) they stand in the second half. The prompt has none, so it is only read: a loss on it
-    would teach the model to write masks."""
+    `places` (B, T) bool are positions of the documents, those to learn or, in an exam, those to fill. They
+    are returned as (B, 2T), in the second half. The prompt has none, so it is only read: a loss on it would
+    teach the model to write masks."""
     response = tokens.clone()
     response[:, 0] = MARKS.answer
     none = torch.zeros_like(places)
@@ -112,8 +110,7 @@ def masked(tokens, learned, generator, ratio):
     return ar(*with_response(prompts, tokens, learned))
 
 
-# --- Decoders fill the places `blank` (B, T) bool of tokens (B, T). They are generators: after each step they
-# yield all tokens. The one that puts a prompt in front yields (B, 2T): prompt, then document.
+# --- Decoders fill the places `blank` (B, T) bool of tokens (B, T). After each step they yield all tokens.
 
 def logits_of_words(model, tokens, at=None):
     """The logits of the model, in which all marks but [end] are ruled out: they are never answers."""
@@ -140,10 +137,9 @@ def decode_ar(model, tokens, blank):
 
 
 def surest(confidence):
-    """(B, T) -> bool: in each row the one place where the model is surest. Confidence is its probability of
-    the best token, and 0 where nothing is blank. To fill two places a step, change the next line. Adding
-    `| (confidence > .9)` fills all places above that as well. Only blanks are ever written: a row without
-    any keeps its tokens, whatever is chosen here."""
+    """(B, T) -> bool: in each row the place to fill next, where the model is surest. Confidence is its
+    probability of the best token, and 0 where nothing is blank; such places may be chosen, too, but are never
+    written. To fill two places a step, or all with `| (confidence > .9)`, change the next line."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 
@@ -158,7 +154,7 @@ def decode_diffusion(model, tokens, blank):
     while blank.any():
         p, best = logits_of_words(model, tokens).softmax(-1).max(-1)    # (B, T) each
         now = surest(p.masked_fill(~blank, 0)) & blank                  # (B, T)
-        assert now.any(), "surest must choose a blank while there is one, or this never ends"
+        assert now.any(), "surest chose none of the blanks, so this would never end"
         tokens = torch.where(now, best, tokens)
         blank = blank & ~now
         yield tokens
@@ -166,7 +162,10 @@ def decode_diffusion(model, tokens, blank):
 
 def decode_masked(model, tokens, blank):
     """The document with its blanks is the prompt; the same blanks of the response are filled as in `ar`."""
-    return decode_ar(model, *with_response(tokens.masked_fill(blank, MARKS.mask), tokens, blank))
+    prompts = tokens.masked_fill(blank, MARKS.mask)
+    for rows in decode_ar(model, *with_response(prompts, tokens, blank)):  # (B, 2T)
+        response = rows[:, tokens.size(1):]
+        yield torch.cat((tokens[:, :1], response[:, 1:]), dim=1)  # with [doc] again, which was [answer]
 
 
 # --- The table of modes. For a mode of your own, write an objective and add a row.
@@ -177,8 +176,8 @@ class Mode(NamedTuple):
     objective: Callable         # for documents in fine-tuning
     ratio: tuple                # what share of a document it hides, (low, high); None if it hides nothing
     decode: Callable            # fills the blanks of a document
-    base: str                   # the mode of pretraining, and of all questions, in training and exam
-    causal: bool                # does a position see only what comes before it? The same as in its base
+    base: str                   # the mode of its pretraining, and of all questions, in training and exam
+    causal: bool                # does a position see only what comes before it?
 
 
 MODES = {
@@ -195,7 +194,7 @@ if __name__ == "__main__":
         sees = "what comes before it" if mode.causal else "the whole row"
         for kind, trained_as in (("document", mode), ("question", MODES[mode.base])):
             tokens, learned = stack([rows[kind]])
-            generator = torch.Generator().manual_seed(10)
+            generator = torch.Generator().manual_seed(45)
             inputs, targets, weights = trained_as.objective(tokens, learned, generator, trained_as.ratio)
             print(f"--mode {name}: a {kind}. Each token sees {sees}\n    in          asked")
             for token, target, weight in zip(inputs[0], targets[0], weights[0]):

@@ -1,7 +1,8 @@
 """
 The exam: what does a model know that it only read in documents? And what does it know but cannot say?
 
-Answers are greedy, and every token must be right. A value is asked for in two ways:
+Answers are greedy, and count only if they are right from the first token to the last. A value is asked for in
+two ways:
 
     recite     [doc] Curtis Chase Emley was born on 28 May 1952. He comes from ...      is it stored?
     question   [question] What is the birth city of Curtis Chase Emley? [answer] ...    can it be asked for?
@@ -12,6 +13,7 @@ can also be answered by the model's own *forward* direction, with Bayes' rule (`
     python eval.py                          compare all finished runs below out/
     python eval.py --plot curves.svg        draw their scores over fine-tuning
     python eval.py out/RUN                  examine a stored model anew, say with a decoder that you changed
+    python eval.py out/RUN --plot who.svg   draw who it says people are, and who they are by Bayes
     python eval.py out/RUN --ask            watch it write a new person's biography, then say who that is
     python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
     python eval.py out/RUN --ask "[mask] [mask] [mask] comes from Elkton. He went to Reed."
@@ -42,27 +44,24 @@ PROBED = 30     # new people whom `bayes` asks about
 # --- The exam
 
 def fill(model, mode, corpus, texts, counts=None):
-    """Fill in the [mask]s of texts: in each all of them, or the first counts[i]. All texts are documents,
-    filled as the mode decodes them, or all are questions, filled as its base does. After each step yield all
-    texts, as lists of ids."""
+    """Fill in the [mask]s of texts, all of them or, in text i, the first counts[i]. The texts are documents,
+    which the mode decodes, or questions, which its base does. After each step yield them as lists of ids."""
     documents = texts[0].startswith("[doc]")
-    decoder = MODES[mode if documents else MODES[mode].base].decode
+    decode_them = MODES[mode].decode if documents else MODES[MODES[mode].base].decode
     tokens, _ = stack([(text, "") for text in texts], corpus.width if documents else 0)  # (B, T)
     blank = tokens == MARKS.mask
     if counts:
         blank &= blank.cumsum(1) <= torch.tensor(counts)[:, None]
     lengths = (tokens != MARKS.pad).sum(1).tolist()
     device = model.embed.weight.device
-    for filled in decoder(model, tokens.to(device), blank.to(device)):
-        filled = filled[:, -tokens.size(1):].cpu()  # without the prompt, if there is one
-        filled[:, 0] = tokens[:, 0]                 # [doc] again, which a prompt had turned into [answer]
-        yield [row[:length].tolist() for row, length in zip(filled, lengths)]
+    for filled in decode_them(model, tokens.to(device), blank.to(device)):
+        yield [row[:length] for row, length in zip(filled.tolist(), lengths)]
 
 
 def exam(model, mode, corpus, names=EXAMS):
     """-> (scores, answers). Scores: exact match in each exam of `names`, in `forward` also by attribute. An
-    exam without items is left out. Answers: a dict an item. To `split` scores by anything else, add a line
-    here: a score with a space in its name is printed below the table."""
+    exam without items is left out. Answers: a dict an item. To `split` scores by anything else, add that to
+    what is returned: scores with a space in their name are printed below the table."""
     model.eval()
     answers = []
     for name in names:
@@ -105,7 +104,7 @@ def log_p(model, mode, rows):
     probability of the whole. [end]s are not counted."""
     base = MODES[MODES[mode].base]
     tokens, learned = stack(rows)
-    everything = (1, 1)  # is hidden, if anything is
+    everything = (1, 1)  # the ratio that hides all of an answer
     inputs, targets, weights = base.objective(tokens, learned, torch.Generator(), everything)
     at = (weights > 0) & (targets != MARKS.end)  # (N, T), true at the S words of all answers
     device = model.embed.weight.device
@@ -115,15 +114,15 @@ def log_p(model, mode, rows):
 
 
 def who_is_it(model, mode, corpus, n=PROBED):
-    """One backward question about each of the first n new people, answered twice, by Bayes and by asking.
+    """One backward question about each of the first n new people, answered in two ways.
 
     A name can be found without ever being said. Let all people be equally likely before. Then Bayes' rule
     turns the *forward* direction round:
 
         p(person | clues)  is proportional to  the product of  p(value | "What is the attribute of person?")
 
-    -> (items, by Bayes, when asked). The last two are (n, P) tables of the logarithm of that product and of
-    log p(name | question), for each of the P people of the corpus.
+    -> the n items, and two (n, P) tables with a column for each of the P people: the logarithm of that
+    product, and log p(name | question), which is what it says when asked.
     """
     model.eval()
     last_of_each = {item.person.name: item for item in corpus.exams["backward"]}
@@ -264,7 +263,7 @@ def claim(folder, now):
             n += 1
         print(f"{folder} is of another state ({changed}): it is now {folder}-old{n}")
         folder.rename(folder.with_name(f"{folder.name}-old{n}"))
-    for place in sorted(folder.parent.glob(f"{folder.name}-old*")):
+    for place in sorted(folder.parent.glob(f"{folder.name}-old[0-9]*")):
         before = stored(place)
         if before and not differences(before, now) and not folder.exists():
             print(f"{place} is of this state: it is {folder} again")
@@ -277,8 +276,8 @@ def reopen(folder):
     if not path.exists():
         sys.exit(f"{path} is missing: name the folder of one run, which python train.py makes under out/")
     saved = load(path)
-    if "batch" not in saved["settings"]:
-        sys.exit(f"{path} is of an older version of this project: train again")
+    if "batch" not in saved["settings"] or saved["settings"]["mode"] not in MODES:
+        sys.exit(f"{path} is of an older version of this project, or of a mode that is gone: train again")
     settings = argparse.Namespace(**saved["settings"])
     model = Transformer(settings, MODES[settings.mode].causal).to(DEVICES[-1])
     now = identity(settings, model)["code"]
@@ -447,8 +446,9 @@ def text_to_fill(text, corpus):
         sys.exit(f"--ask: {unknown[0]!r} is not a word of these worlds; python data.py prints some that are")
     if ("[mask]" in words) == ("?" in words):  # neither or both
         sys.exit("--ask: give it a question with its ?, or a text with [mask] where words are missing")
-    if len(words) > corpus.width - 2:
-        sys.exit(f"--ask: {len(words)} words and marks are too many: {corpus.width - 2} at most")
+    limit = corpus.width - 2 if "[mask]" in words else 40
+    if len(words) > limit:
+        sys.exit(f"--ask: {len(words)} words and marks are too many: {limit} at most")
     if "?" in words:
         return f"[question] {joined(words)} [answer]" + " [mask]" * CANVAS
     return f"[doc] {joined(words)} [end]"
@@ -479,11 +479,10 @@ def watch(model, mode, corpus, text):
 def introduce(model, mode, corpus):
     """A new person's life, of which the model is given the name. Then who has these facts: what it says, and
     the five likeliest of all people, when it is asked and by Bayes."""
-    recited = corpus.exams["recite"][0]
-    name = f"[doc] {recited.person.name}"
-    masks = len(encode(recited.given)) + recited.masks - len(encode(name))
-    watch(model, mode, corpus, name + " [mask]" * masks)
     [item], [by_bayes], [when_asked] = who_is_it(model, mode, corpus, n=1)
+    name = f"[doc] {item.person.name}"
+    length = 1 + corpus.rows["new"][1][0].sum().item()  # as many tokens as the first new document has
+    watch(model, mode, corpus, name + " [mask]" * (length - len(encode(name))))
     watch(model, mode, corpus, item.given + " [mask]" * CANVAS)
     right, P = corpus.people.index(item.person), len(corpus.people)
     for title, scores in (("Asked for the name,", when_asked),
@@ -503,7 +502,7 @@ def main():
                                      description="Compare runs, draw them, examine one, or ask it.")
     parser.add_argument("path", nargs="?", default="out", type=Path, help="a run, or a folder of runs (out)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--plot", type=Path, metavar="FILE.svg", help="draw a run's who is who, or a folder's learning curves")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw a run's who is who, or a folder's curves")
     add("--ask", nargs="?", const="", metavar="TEXT", help="answer a question, or fill in each [mask] of a "
         "text; without TEXT, write a new person's biography, then say who that is")
     args = parser.parse_args()

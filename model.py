@@ -29,8 +29,9 @@ def norm(x):
 
 
 def rotary(T, D, device):
-    """cos and sin (T, D) of the angles position x frequency; both channels of a pair have the same angle. (A
-    table of learned positions would have to serve rows twice as long as any of pretraining: see `masked`.)"""
+    """cos and sin (T, D) of the angles position x frequency; both channels of a pair have the same angle.
+    Attention then sees distances. (Learned positions would know none beyond the rows of pretraining, and
+    those of `masked` are twice as long.)"""
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)              # (D / 2,)
     angle = torch.outer(torch.arange(T, device=device), frequency).repeat(1, 2)     # (T, D)
     return angle.cos(), angle.sin()
@@ -67,9 +68,7 @@ class Block(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def mlp(self, x):
-        """Dropout would go here: F.dropout(..., 0.1, self.training). The model is in training mode in the
-        steps of train.py and nowhere else."""
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(F.relu(self.up(x)).square())  # F.dropout(..., 0.1, self.training) would go here
 
 
 class Transformer(nn.Module):
@@ -77,8 +76,7 @@ class Transformer(nn.Module):
     seed.
 
     Matrices are drawn on the CPU, so that a seed gives the same ones on any machine. The output matrices of
-    each block start at zero, so that it starts as the identity. Parameters that are no matrices (a norm's
-    gain, if you add one) keep the start that torch gives them.
+    each block start at zero, so that it starts as the identity.
     """
 
     def __init__(self, settings, causal):
@@ -92,7 +90,7 @@ class Transformer(nn.Module):
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(weight)
             elif weight.dim() == 2:
-                std = weight.size(-1) ** -0.5 if name.startswith("blocks") else 0.02  # else: the embedding
+                std = weight.size(1) ** -0.5 if name.startswith("blocks") else 0.02  # .02: the embedding
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(self, tokens, at=None):
@@ -113,7 +111,7 @@ class Transformer(nn.Module):
 
 def loss(model, inputs, targets, weights):
     """The mean over all B rows of the sum of weight x cross-entropy, in nats per token; inputs, targets,
-    weights (B, T). Logits are computed only where a weight is not zero, for they are the widest of all."""
+    weights (B, T). Logits, the largest tensor of a step, are computed only where a weight is not zero."""
     at = weights > 0
     nll = F.cross_entropy(model(inputs, at), targets[at], reduction="none")  # (S,)
     return (nll * weights[at]).sum() / len(inputs)

@@ -34,11 +34,11 @@ from diffusion import MODES
 from eval import bayes, chance, claim, exam, identity, load, report, write
 from model import DEVICES, Transformer, loss
 
-EXAMS_A_RUN = 5     # while it is fine-tuned, the first of them before step 1; the last exam comes after these
+EXAMS_A_RUN = 5     # from step 0 on, at equal distances; one more comes at the end
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 
-# What pretraining has in place of the settings of fine-tuning. Half of its rows are questions, and from
-# nothing it can learn faster.
+# What pretraining has in place of the settings of fine-tuning, whatever these are, so that one base serves
+# all arms. Half of its rows are questions, and it learns faster, for it has nothing to lose.
 PRETRAINING = {"paraphrases": "none", "texts": 0, "mask_ratio": None, "batch": [32, 0, 16, 16],
                "pretrain_steps": 0, "lr": 0.02, "embed_lr": 0.04, "forget": 10.0, "embed_forget": 0.0}
 
@@ -54,17 +54,17 @@ def train(stage, settings, corpus, model, folder):
     optimizers = make_optimizers(model, settings)
     # Rows and masks have generators of their own, so that all modes with one seed read the same rows.
     seed = 4 * settings.seed + (0 if stage == "pretraining" else 2)
-    generators = row_rng, mask_rng = [torch.Generator().manual_seed(seed + i) for i in (0, 1)]
+    row_rng, mask_rng = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     now = identity(settings, model)
-    log = resume(folder, model, optimizers, generators)
-    start, tokens_read, seconds = (log[-1][name] if log else 0 for name in ("step", "tokens", "seconds"))
+    log = resume(folder, model, optimizers, (row_rng, mask_rng))
+    start, seconds = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0.0)
 
     losses = []
     progress = tqdm(range(start, settings.steps), stage, settings.steps, initial=start, dynamic_ncols=True)
     for step in progress:
         if stage == "fine-tuning" and step % math.ceil(settings.steps / EXAMS_A_RUN) == 0:
             scores, _ = exam(model, settings.mode, corpus, QUESTIONS)
-            log.append({"step": step, "tokens": tokens_read, "seconds": seconds, **scores})
+            log.append({"step": step, "seconds": seconds, **scores})
             tqdm.write(f"step {step:>5}  forward {scores['forward']:.2f}  backward {scores['backward']:.2f}")
         clock = time.perf_counter()
         model.train()
@@ -82,8 +82,7 @@ def train(stage, settings, corpus, model, folder):
         total = 0
         for batch in batches:
             inputs, targets, weights = (x.to(settings.device) for x in batch)
-            total += loss(model, inputs, targets, weights) * len(inputs) / sum(settings.batch)
-            tokens_read += inputs.numel()
+            total += loss(model, inputs, targets, weights) * len(inputs) / sum(settings.batch)  # its share
         total.backward()
         losses.append(total.detach())
 
@@ -98,8 +97,8 @@ def train(stage, settings, corpus, model, folder):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == settings.steps:
             mean_loss = torch.stack(losses).mean().item()
             losses = []
-            log.append({"step": step + 1, "tokens": tokens_read, "seconds": seconds, "loss": mean_loss})
-            save(folder, now, log, model, optimizers, generators)
+            log.append({"step": step + 1, "seconds": seconds, "loss": mean_loss})
+            save(folder, now, log, model, optimizers, (row_rng, mask_rng))
             progress.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
     return log
 
@@ -165,12 +164,12 @@ def orthogonal(matrix):
 
 
 def make_optimizers(model, settings):
-    """Who learns how, but for what is frozen: matrices in blocks by Muon at `lr`, embeddings by AdamW at
-    `embed_lr`, and what is no matrix, such as a norm's gain, by AdamW at `lr`, without decay.
+    """Matrices in blocks learn by Muon at `lr`, embeddings by AdamW at `embed_lr`, and what is no matrix, as
+    a norm's gain, by AdamW at `lr` without decay. What is frozen is left out.
 
-    However many steps a run has (but for very few), decay takes what gets no gradient to exp(-forget) of its
-    start."""
-    rates = sum(schedule(step, settings.steps) for step in range(settings.steps))  # summed, of a peak of 1
+    `forget` sets the decay: over all steps, however many, a weight without gradient shrinks to exp(-forget)
+    of its start."""
+    rates = sum(schedule(step, settings.steps) for step in range(settings.steps))  # for a peak of 1
 
     def group(parameters, peak, forget):
         decay = min(forget / rates, 1) / peak if peak else 0
@@ -285,6 +284,8 @@ def parse_args():
     given = vars(parser.parse_args())
     name = given.pop("name")
     settings = Settings(**given)
+    if name is None:
+        name = name_of(settings, defaults(settings.world))
 
     for f in fields(Settings):
         (low, high), value = f.metadata["range"], getattr(settings, f.name)
@@ -299,8 +300,7 @@ def parse_args():
     if settings.n_embd % (2 * settings.n_head):
         parser.error(f"--n_embd {settings.n_embd} is no multiple of twice --n_head {settings.n_head}")
     if settings.batch[:2] == [0, 0]:
-        parser.error("--batch: give it at least one document, KNOWN or NEW")
-    name = name or name_of(settings, defaults(settings.world))
+        parser.error("--batch: it needs documents, which are the first two numbers")
     if not re.fullmatch(r"(?!base-|\.+$)[\w.-]{1,200}", name, re.ASCII):
         parser.error("--name: up to 200 letters, digits, dots, dashes and underscores, and not base-...")
     return settings, Path("out", name)
@@ -332,7 +332,6 @@ def main():
         exams.append({**log[-1], **scores, **bayes(model, settings.mode, corpus)})
         machine = torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine()
         result = {**now, **exams[-1], **chance(corpus), "exams": exams, "machine": machine,
-                  "parameters": sum(p.numel() for p in model.parameters()),
                   "python": platform.python_version(), "torch": str(torch.__version__)}
         write(folder / "answers.jsonl", json_lines(answers))
         write(folder / "result.json", json.dumps(result, indent=1).encode())

@@ -37,7 +37,13 @@ def random_prompt(tokens, learned, generator, ratio):
 def decode_random_prompt(model, tokens, blank):
     """The same after a prompt of random words; the same words for every row."""
     prompts = with_random_words(tokens, tokens.shape[1:], torch.Generator().manual_seed(0))
-    return decode_ar(model, *with_response(prompts, tokens, blank))
+    return responses(model, tokens, *with_response(prompts, tokens, blank))
+
+
+def responses(model, tokens, rows, blank):
+    """Fill in rows (B, 2T) of prompts and responses -> after each step the documents (B, T)."""
+    for filled in decode_ar(model, rows, blank):
+        yield torch.cat((tokens[:, :1], filled[:, tokens.size(1) + 1:]), dim=1)
 
 
 def scored_where(hidden_counts):
@@ -60,7 +66,7 @@ def doc_mark(tokens, learned, generator, ratio):
 
 
 def decode_doc_mark(model, tokens, blank):
-    return decode_ar(model, *with_doc(tokens.masked_fill(blank, MARKS.mask), tokens, blank))
+    return responses(model, tokens, *with_doc(tokens.masked_fill(blank, MARKS.mask), tokens, blank))
 
 
 masked = MODES["masked"]

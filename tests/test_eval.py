@@ -1,4 +1,4 @@
-"""Scores that can be trusted: exact match, the three rungs, Bayes, chance, and the tables of them."""
+"""Scores that can be trusted: exact match, Bayes, chance, and their tables and pictures."""
 import json
 import re
 from pathlib import Path
@@ -9,280 +9,252 @@ import pytest
 import torch
 
 import eval as evaluation
-from conftest import ROOT, call, edit, generator, refusal, settings
-from data import CANVAS, EXAMS, MARKS, decode, encode, make_corpus, question_row
-from diffusion import CAUSAL, MODES, decode_ar, decode_diffusion, with_random_words
+from conftest import ROOT, call, generator, settings
+from data import CANVAS, EXAMS, MARKS, TOKENIZER, Attribute, encode, make_corpus, question_row
+from diffusion import MODES
 from model import Transformer
 
-CORPUS = make_corpus(settings(known=6, new=5, wordings=1))
-WIDTH = CORPUS.width
-NOTHING = torch.nn.Module()  # in place of a model, where its answers are given
+CORPUS = make_corpus(settings(known=6, new=5))
+WORLD, PEOPLE, NAMES = CORPUS.world, CORPUS.people, [person.name for person in CORPUS.people]
+WRITABLE = [i for i in range(TOKENIZER.n_vocab) if i == MARKS.end or i not in MARKS]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def untrained(causal):
+def untrained(mode):
     """A model with opinions: random weights, none of them zero."""
-    model = Transformer(settings(), causal)
+    model = Transformer(settings(), MODES[mode].causal)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5, generator=generator())
     return model
 
 
-WRITABLE = [i for i in range(len(untrained(True).embed.weight)) if i == MARKS.end or i not in MARKS]
-
-
-def by_hand(model, mode, ids, places):
-    """What a mode writes at the places of a row: the row alone, one argmax a step."""
-    row, places = list(ids), list(places)
-    for place in places:
-        row[place] = MARKS.mask
-    if ids[0] == MARKS.doc and MODES[mode].decode not in (decode_ar, decode_diffusion):
-        prompt = row + [MARKS.pad] * (WIDTH - len(row))  # as in training: the copy starts WIDTH tokens behind
-        if mode == "random_prompt":
-            [prompt] = with_random_words(torch.tensor([prompt]), (WIDTH,), generator(0)).tolist()
-        row, places = prompt + [MARKS.answer] + row[1:], [WIDTH + place for place in places]
-    blank = list(places)
+def by_hand(model, mode, ids, blank):
+    """A row as a mode fills its places `blank`, which are [mask]s: alone, one argmax a step."""
+    row, start = list(ids), 0
+    if mode == "masked" and ids[0] == MARKS.doc:  # as in training: the response starts one width behind
+        start = CORPUS.width
+        row += [MARKS.pad] * (start - len(ids)) + [MARKS.answer] + row[1:]
+    blank = [start + place for place in blank]
     while blank:
         with torch.no_grad():
-            logits = model(torch.tensor([row]))[0][:, WRITABLE].float()
-        if CAUSAL[MODES[mode].base]:
-            place = blank[0]
-            scores = logits[place - 1]
-        else:  # the surest of the places that are still masked
-            place = max(blank, key=lambda i: logits[i].log_softmax(-1).max())
-            scores = logits[place]
-        row[place] = WRITABLE[int(scores.argmax())]
+            logits = model(torch.tensor([row]))[0][:, WRITABLE].double()
+        place = blank[0] if model.causal else max(blank, key=lambda i: logits[i].log_softmax(-1).max())
+        row[place] = WRITABLE[int(logits[place - model.causal].argmax())]
         blank.remove(place)
-    return [row[place] for place in places]
+    return ids[:1] + row[start + 1:]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ("ar", "diffusion", "masked"))
 def test_each_answer_is_that_of_its_row_alone_one_token_after_the_other(mode):
     """Whatever the batch. A causal model goes on from what stands before the blank, and behind a prompt in
-    the copy, so a name can follow from facts behind it."""
-    model = untrained(CAUSAL[MODES[mode].base])
-    questions = CORPUS.exams["forward"][:6] + CORPUS.exams["backward"][:4]
-    for items in (CORPUS.exams["recite"][:7], questions):
-        written = evaluation.answer(model, mode, items, WIDTH, batch=3)
-        for item, given in zip(items, written):
-            places = range(len(item.given), len(item.given) + len(item.truth))
-            assert len(given) == len(item.truth) in (1, 3, CANVAS)
-            assert given == by_hand(model, mode, item.given + [MARKS.mask] * item.blanks, places)
-    ids = evaluation.row_to_fill("[mask] Chase [mask] comes from Elkton.", CORPUS)
-    *_, [filled] = evaluation.fill(model, mode, [ids], [[1, 3]], WIDTH)
-    assert [filled[1], filled[3]] == by_hand(model, mode, ids, (1, 3))
-    assert [filled[i] for i in (0, 2, 4, -1)] == [ids[i] for i in (0, 2, 4, -1)]
+    the response, so a name can follow from facts behind it. `diffusion` fills the place it is surest of."""
+    model = untrained(mode)
+    documents, questions = ([x.given + " [mask]" * x.masks for name in names for x in CORPUS.exams[name]]
+                            for names in (["recite"], ["forward", "backward"]))
+    documents.append("[doc] [mask] Chase [mask] comes from [mask]. He went to [mask]. [end]")
+    for texts in (documents, questions):
+        counts = [1 + i % 4 for i in range(len(texts))]
+        *_, filled = evaluation.fill(model, mode, CORPUS, texts, counts)
+        for text, row, count in zip(texts, filled, counts, strict=True):
+            ids = encode(text)
+            assert row == by_hand(model, mode, ids, [i for i, x in enumerate(ids) if x == MARKS.mask][:count])
 
 
 def examine(monkeypatch, answer, corpus=CORPUS):
-    """(scores, answers) of a model that writes answer(item) to each item."""
-    monkeypatch.setattr(evaluation, "answer", lambda model, mode, items, width: [answer(x) for x in items])
-    return evaluation.exam(NOTHING, "ar", corpus)
+    """(scores, answers) of a model that would write the text answer(item) to each item."""
+    items = {item.given + " [mask]" * item.masks: item for name in EXAMS for item in corpus.exams[name]}
+
+    def fill(model, mode, corpus, texts, counts):
+        written = [encode(answer(items[text]))[:n] for text, n in zip(texts, counts)]
+        yield [encode(items[text].given) + ids for text, ids in zip(texts, written)]
+    monkeypatch.setattr(evaluation, "fill", fill)
+    return evaluation.exam(torch.nn.Module(), "ar", corpus)
 
 
 def test_exact_match_counts_whole_answers(monkeypatch):
-    """A model that knows new people's majors and every second backward question, and of all other answers
-    leaves out the first word: 1/6 and 1/2. One word too many is wrong, and so is the name in bytes; behind an
-    [end] nothing counts."""
-    known = [item for item in CORPUS.exams["forward"] if "the major of" in decode(item.given)]
-    known += CORPUS.exams["backward"][::2]
-    scores, _ = examine(monkeypatch, lambda item: item.truth if item in known else item.truth[1:])
-    majors = {f"forward {a}": float(a == "major") for a in CORPUS.world.attributes}
-    assert scores == pytest.approx(dict.fromkeys(EXAMS, 0) | {"forward": 1 / 6, "backward": 0.5} | majors)
-    goes_on = lambda item: [500 if token == MARKS.end else token for token in item.truth]
-    after_end = lambda item: item.truth[:-1] + [500] if item.truth[-2:] == [MARKS.end] * 2 else item.truth
-    spelled = lambda item: [6 + byte for byte in decode(item.truth).encode()]
-    for answer, score in ((after_end, 1), (goes_on, 0), (spelled, 0)):
-        scores, _ = examine(monkeypatch, answer)
+    """Who knows one attribute of new people and every second backward question, and leaves out the first word
+    of all else, is right there alone, by whatever scores are split. A word too many is wrong, unless behind
+    an [end]. A batch has 256 items, here are more."""
+    corpus, (first, *rest) = make_corpus(settings(new=80)), WORLD.attributes
+    known = {item.given for item in corpus.exams["forward"] if item.attributes == (first,)}
+    known |= {item.given for item in corpus.exams["backward"][::2]}
+    scores, answers = examine(monkeypatch, corpus=corpus, answer=lambda item: (
+        item.truth if item.given in known else item.truth.partition(" ")[2]))
+    assert scores == pytest.approx(dict.fromkeys(EXAMS, 0) | {f"forward {a}": 0 for a in rest} | {
+        "forward": 1 / len(WORLD.attributes), "backward": 1 / 2, f"forward {first}": 1})
+    split = evaluation.split([x for x in answers if x["exam"] == "forward"], lambda x: x["person"])
+    assert split == pytest.approx({person.name: 1 / len(WORLD.attributes) for person in corpus.people[6:]})
+    for end, other, score in (("[end]", "Oslo", 0), ("[end] [end]", "[end] Oslo", 1)):
+        scores, _ = examine(monkeypatch, lambda item: item.truth.replace(end, other))
         assert scores["forward"] == scores["backward"] == scores["known_unasked"] == score
 
 
-def test_scores_are_split_by_whatever_an_answer_carries(monkeypatch):
-    """By the number of words, say, or by the person: one line each. A group that nobody is in is left out, so
-    no score is a NaN; an exam without items has no score."""
-    empty = CORPUS._replace(exams=CORPUS.exams | {"recite": [], "backward": []})
-    scores, answers = examine(monkeypatch, lambda x: x.truth if x.person == CORPUS.people[6] else [], empty)
-    assert {"recite", "backward"}.isdisjoint(scores) and evaluation.split([], len) == {}
-    forward = [line for line in answers if line["exam"] == "forward"]
-    assert evaluation.split(forward, lambda line: line["person"]) == {
-        person.name: float(person == CORPUS.people[6]) for person in CORPUS.people[6:]}
-    assert evaluation.split(forward, lambda line: len(line["truth"].split())) == {3: 1 / 5, 1: 1 / 5}
-
-
-ANSWERS = (["Curtis Chase Emley", "Curtis Chase Doyle", "Curtis Lane Emley"], ["28 May 1952", "28 May 1953"],
-           ["Oslo", "Rome", "Law"])
-
-
-@pytest.mark.parametrize("answers", ANSWERS, ids=("names", "dates", "words"))
-@pytest.mark.parametrize("base", CAUSAL)
-def test_the_probability_of_an_answer_is_the_product_over_its_tokens(base, answers):
-    """A loop over single rows and floats: for a causal model log p of each token after the question and the
-    tokens before it, over all that can be written; for `diffusion` after the question and four [mask]s, in
-    one shot. Questions differ in length, answers share beginnings or not."""
-    model, causal = untrained(CAUSAL[base]), CAUSAL[base]
-    given = [question_row(text, "").given for text in ("Who lives in Oslo?", "Who went to Yale or to Rome?")]
-    table = evaluation.log_p(model, base, given, answers)
-    for i, question in enumerate(given):
-        for j, answer in enumerate(map(encode, answers)):
-            total = 0
-            for n, token in enumerate(answer):
-                row = question + (answer[:n] if causal else [MARKS.mask] * CANVAS)
-                logits = model(torch.tensor([row]))[0, -1 if causal else len(question) + n].double()[WRITABLE]
-                total += (logits - logits.exp().sum().log())[WRITABLE.index(token)].item()
-            assert table[i, j].item() == pytest.approx(total, abs=1e-3)
-
-
-def fabricate(monkeypatch, boaster=None):
-    """log_p of a model that knows all but the second new person's facts, and says a name the less willingly
-    the later it stands in the list. `boaster`: a person of whom it would believe anything."""
-    first, unknown = CORPUS.exams["backward"][0], CORPUS.people[7]
-    names = [person.name for person in CORPUS.people]
-
-    def p(question, answer):
-        if question.startswith("Who"):
-            return -names.index(answer)
-        attribute, name = re.match(r"What is the (.*) of (.*)\?", question).groups()
-        person = CORPUS.people[names.index(name)]
-        if person == first.person and attribute not in first.attributes:
-            return -100  # no clue asks for this
-        known = 0 if person.facts[attribute] == answer else -1
-        if person == CORPUS.people[1] and attribute in ("employer", "work city"):
-            return 0.4  # likelier than the right one by either of these alone
-        return 1 if person == boaster else -2 if person == unknown else known
-    monkeypatch.setattr(evaluation, "log_p", lambda model, mode, given, answers: torch.tensor(
-        [[float(p(decode(ids[1:-1]), answer)) for answer in answers] for ids in given]))
+@pytest.mark.parametrize("mode", MODES)
+def test_the_probability_of_an_answer_is_the_product_over_its_tokens(mode):
+    """A loop over single rows and floats: a causal model reads the question and the tokens before,
+    `diffusion` the question and four [mask]s, once for all. Marks are ruled out. Rows differ in length."""
+    model = untrained(MODES[mode].base)
+    rows = [question_row(question, answer) for question in ("Who lives in Oslo?", "Who went to Yale or Rome?")
+            for answer in ("Curtis Chase Emley", "Curtis Chase Doyle", "28 May 1952", "Oslo", "Law")]
+    for (given, answer), log_p in zip(rows, evaluation.log_p(model, mode, rows), strict=True):
+        question, words, total = encode(given), [i for i in encode(answer) if i != MARKS.end], 0
+        for n, token in enumerate(words):
+            row = question + (words[:n] if model.causal else [MARKS.mask] * CANVAS)
+            logits = model(torch.tensor([row]))[0, -1 if model.causal else len(question) + n]
+            total += logits[WRITABLE].double().log_softmax(0)[WRITABLE.index(token)].item()
+        assert log_p.item() == pytest.approx(total, abs=1e-3)
 
 
 def test_bayes_finds_whom_the_forward_answers_single_out(monkeypatch):
-    """Of five new people the model knows four, so four are the best by the product over their clues, and over
-    nothing but these. A known person who seems to fit everything spoils that among all people, not among the
-    new. The right names stand on places 7 to 11 of all, 1 to 5 of the new: medians 9 and 3."""
-    one_each = CORPUS._replace(exams=CORPUS.exams | {"backward": CORPUS.exams["backward"][::4]})
-    for boaster, bayes in ((None, 0.8), (CORPUS.people[0], 0)):
-        fabricate(monkeypatch, boaster)
-        assert evaluation.bayes(NOTHING, "ar", one_each) == pytest.approx(
-            {"bayes": bayes, "bayes_new": 0.8, "rank": 9, "rank_new": 3})
+    """Of five new people a model knows four, so four are the best by the product over their clues. A known
+    person who seems to fit everything spoils that among all people, not among the new. The later a name
+    stands in the list, the less it is said: the right ones are on ranks 7 to 11 of all, 1 to 5 of new."""
+    def p(question, answer):
+        if question.startswith("Who"):
+            return -NAMES.index(answer)
+        attribute, name = re.match(r"What is the (.*) of (.*)\?", question).groups()
+        person = PEOPLE[NAMES.index(name)]
+        if person == PEOPLE[1] and attribute == list(WORLD.attributes)[-1]:
+            return 0.4  # likelier than the right one by this alone
+        return 1 if person == boaster else -2 if person == PEOPLE[7] else -(person.facts[attribute] != answer)
+
+    def log_p(model, mode, rows):
+        assert len(rows) in (len(PEOPLE), WORLD.who.count("{}") * len(PEOPLE))  # no more than is asked for
+        return torch.tensor([float(p(given[11:-9], answer.split(" [end]")[0])) for given, answer in rows])
+    monkeypatch.setattr(evaluation, "log_p", log_p)
+    for boaster, share in ((None, 0.8), (PEOPLE[0], 0)):
+        assert evaluation.bayes(torch.nn.Module(), "ar", CORPUS) == pytest.approx(
+            {"bayes": share, "bayes_new": 0.8, "rank": 9, "rank_new": 3})
 
 
-def test_chance_and_the_fixed_answer_are_computed():
-    """Chance: 1/20160 for birth dates, 1/50 for the rest, 1/11 for names. Naming one of 5 new people for
-    ever, who have four questions each: 1/5."""
-    same = [item._replace(truth=[9]) for item in CORPUS.exams["forward"]]
-    chance = evaluation.chance(CORPUS._replace(exams=CORPUS.exams | {"forward": same}))
-    assert chance.pop("items") == dict(zip(EXAMS, (30, 30, 30, 20, 30, 10, 10)))
-    assert chance == pytest.approx({"chance_forward": (1 / (28 * 12 * 60) + 5 / 50) / 6,
-                                    "chance_backward": 1 / 11, "fixed_forward": 1, "fixed_backward": 1 / 5})
+def test_the_report_shows_now_before_and_chance():
+    """A line an exam, but for what was not asked. In a world of two colours of eyes and four towns chance is
+    (1/2 + 1/4) / 2; of eleven names it is 1/11."""
+    pool = {"eyes": Attribute(["blue", "green"], [], "", ""), "town": Attribute([*"abcd"], [], "", "")}
+    chance = evaluation.chance(CORPUS._replace(world=WORLD._replace(attributes=pool)))
+    asked = [name for name in EXAMS if name != "recite"]
+    scores = dict.fromkeys(asked, 0.5) | {"bayes": 1, "rank": 1, "rank_new": 1} | chance
+    report = evaluation.report(scores, {"backward": 0.25}, "before")
+    rows = [re.split("  +", line)[1:] for line in report.splitlines() if "█" in line]
+    before, luck = ["", "0.25", "", "", ""], ["0.38", "0.09", "0.38", "0.09", "0.09"]
+    assert rows == [[str(len(CORPUS.exams[name])), "0.50", "█████·····", *filter(None, (a, b))]
+                    for name, a, b in zip(asked, before, luck)]
 
 
-@pytest.mark.parametrize("arm", ("none", "name_anywhere", "name_last"))
-def test_the_report_says_how_many_items_each_exam_has(arm, monkeypatch):
-    """recite asks only for what stands behind the name, so with the name anywhere it has fewer items, which
-    must be seen; with the name last it has none, and no line."""
-    corpus = make_corpus(settings(known=6, new=4, paraphrases=arm))
-    scores, _ = examine(monkeypatch, lambda item: item.truth, corpus)
-    _, *lines = evaluation.report(scores | evaluation.chance(corpus)).splitlines()
-    lines = [line for line in lines if line.startswith("new people:")]
-    counts = {line.split()[2].strip(","): int(line[47:52]) for line in lines}
-    behind = 0
-    for person, row in zip(corpus.people[6:], corpus.rows["new"][0][::5 if arm == "name_anywhere" else 1]):
-        text = decode(row[1:].tolist())
-        behind += sum(text.index(value) > text.index(person.name) for value in person.facts.values())
-    assert (counts.get("recite", 0), counts["cloze"]) == (behind, 24)
-    assert {"none": behind == 24, "name_anywhere": 4 <= behind < 24, "name_last": behind == 0}[arm]
-
-
-def result(seed, score, code={}, **changes):
+def result(seed, score, code="1a", machine="x86", **changes):
     """A result.json with the same score everywhere, 0 before."""
     exams = [{"step": step, "forward": step and score, "backward": 0} for step in (0, 100)]
-    return dict.fromkeys(EXAMS, score) | {
-        "code": code, "settings": {"mode": "ar", "lr": 0.02, "seed": seed} | changes, "exams": exams}
+    settings = {"mode": "ar", "lr": 0.02, "seed": seed} | changes
+    return {**dict.fromkeys(EXAMS, score), **dict.fromkeys(["machine", "python", "torch"], machine),
+            "code": {"rows": code}, "exams": exams, "settings": settings}
 
 
 def test_seeds_are_averaged_and_nothing_else():
-    """Two seeds with .4 and .6: mean .5, deviation .141 by hand; what a run lacks is a dash. Runs of other
-    settings or files are rows of their own, whatever their folders are called; where a row has the name of
-    another, it says in what it differs. A copy of a run is no second seed."""
-    files = {"data.py": "1a", "eval.py": "2b"}
-    runs = {"slow": result(0, 0.9, files, lr=0.01) | {"bayes": 1},
-            "ar-seed0": result(0, 0.4, files) | {"rank": 3.0},
-            "ar-seed1": result(1, 0.6, files) | {"rank": 4.5},
-            "copy": result(1, 0.6, files) | {"rank": 4.5},
-            "ar-seed2": result(2, 0.5, files | {"data.py": "3c"})}
-    head, *rows = [re.split("  +", line) for line in evaluation.compare(runs).splitlines()]
-    slow, ar, other = (dict(zip(["name", "seeds", *head[2:]], row)) for row in rows)
+    """Two seeds with .4 and .8, of two laptops, in folders however deep: mean .6, deviation .283 by hand, in
+    table and curves, whose panel is 300 wide and 230 high. What a run lacks is a dash. Other settings or code
+    are rows of their own, even of one name. A copy of a run is no second seed."""
+    for folder, run in {
+            "out/a&b-seed0": result(0, 0.4) | {"rank": 3.0},
+            "out/ann/out/a&b-seed1": result(1, 0.8, machine="arm") | {"rank": 4.5},
+            "out/bob/my/out/a&b-seed1": result(1, 0.8, device="cuda") | {"rank": 4.5},
+            "out/bob/out/a&b-seed2": result(2, 0.5, code="3c"),
+            "out/slow": result(0, 0.9, lr=0.01) | {"bayes": 1}}.items():
+        Path(folder).mkdir(parents=True)
+        Path(folder, "result.json").write_text(json.dumps(run), encoding="utf-8")
+    head, *rows = [re.split("  +", line) for line in call(evaluation).splitlines()]
+    ab, other, slow = (dict(zip(["name", *head[1:]], row)) for row in rows)
     assert (slow["name"], slow["seeds"], slow["forward"], slow["bayes"]) == ("slow", "1", "0.900", "1.000")
-    assert (ar["name"], ar["seeds"], ar["rank"], ar["bayes"]) == ("ar", "2", "3.8±1.1", "-")
-    assert {ar[name] for name in EXAMS} == {"0.500±0.141"}
-    assert other["name"] == "ar-seed2 (seed = 2, not 0; data.py)"
+    assert (other["name"], other["seeds"], other["forward"]) == ("a&b", "1", "0.500")
+    assert (ab["name"], ab["seeds"], ab["rank"], ab["bayes"]) == ("a&b", "2", "3.8±1.1", "-")
+    assert {ab[name] for name in EXAMS} == {"0.600±0.283"} and ab["code"] == slow["code"] != other["code"]
+    call(evaluation, "--plot", "new/curves.svg")
+    nodes = list(ElementTree.parse("new/curves.svg").iter())
+    lines, bands = ([[float(x) for x in re.findall(r"[\d.-]+", node.get("points"))]
+                     for node in nodes if node.tag.endswith(tag)] for tag in ("polyline", "polygon"))
+    middle, error = 230 * 0.4, 230 * 0.2 * 2**0.5  # heights count from the top
+    assert lines[0] == pytest.approx([0, 230, 300, middle], abs=0.1) and len(lines) == len(bands) == 2 * 3
+    assert bands[0] == pytest.approx([0, 230, 300, middle - error, 300, middle + error, 0, 230], abs=0.1)
+    assert lines[3:] == 3 * [[0, 230, 300, 230]]  # in the second panel, for the other direction
 
 
-@pytest.mark.parametrize("name", ("data.py", "model.py", "diffusion.py", "eval.py", "train.py"))
-def test_comments_and_docstrings_are_no_code(name, monkeypatch):
-    """A fingerprint is that of the syntax tree: comments, blank lines and docstrings are free, a statement or
-    a string that is used is not. Only the file that was edited has another one."""
-    import train  # so that all five are there
-    assert train and {"python", "torch", name} <= evaluation.fingerprints().keys()
-    before = evaluation.fingerprints()
-    free = lambda text: re.sub(r'(    """)[A-Z]', r"\1Now otherwise: ", text.replace("\n\n", "\n\n# so\n\n"))
-    with monkeypatch.context() as patch:
-        edit(patch, name, free)
-        assert evaluation.fingerprints() == before
-    edit(monkeypatch, name)
-    assert {file for file, mark in evaluation.fingerprints().items() if before[file] != mark} == {name}
+def test_who_is_who_shows_where_the_right_person_is(runs):
+    """A question a row of 7, a person a column of 1.2: left by Bayes, here certain of the right one of 300,
+    right when asked, here certain of the second name. So each panel has 30 cells, all black, at places that
+    are computed by hand. --plot draws it of a run, and it is small."""
+    corpus = make_corpus(settings(known=200, new=100))
+    items, by_bayes, when_asked = evaluation.who_is_it(untrained("ar"), "ar", corpus)
+    by_bayes[:], when_asked[:] = -50, -50
+    by_bayes[range(30), range(200, 230)] = when_asked[:, 1] = 0
+    call(evaluation, "out/masked", "--plot", "new/who.svg")
+    pictures = Path("new/who.svg").read_bytes(), evaluation.who_is_who(corpus, items, by_bayes, when_asked)
+    assert max(map(len, pictures)) < 10_000
+    _, panels = ([x for x in ElementTree.fromstring(picture) if x.tag.endswith("}g")] for picture in pictures)
+    for panel, columns, found in zip(panels, (range(200, 230), [1] * 30), ("30 of 30", "0 of 30")):
+        [inked] = [path for path in panel if path.get("opacity") and path.get("d")]
+        cells = [(f"{1.2 * x:.1f}", str(7 * y)) for y, x in enumerate(columns)]
+        assert re.findall(r"M([\d.]+) (\d+)h1.2v7h-1.2z", inked.get("d")) == cells
+        assert float(inked.get("opacity")) == 1 and found in "".join(panel.itertext())
 
 
-def test_curves_are_the_means_of_their_seeds(capfd):
-    """`--plot` draws two seeds that end at .4 and .8 as one line that ends at .6 and one band from .6 - .283
-    to .6 + .283, by hand, in a panel 230 high; `--over` draws the same ends over a setting. A .jsonl with a
-    result a line, each with its name, gives the picture and the table of the folder."""
-    for seed, texts, score in ((0, 1, 0), (1, 1, 0), (0, 5, 0.4), (1, 5, 0.8), (2, "many", 0)):
-        folder = Path("out", f"a&b<c-same-texts{texts}-seed{seed}")
-        folder.mkdir(parents=True)
-        content = json.dumps({"name": folder.name} | result(seed, score, texts=texts) | {"backward": 0})
-        (folder / "result.json").write_text(content, encoding="utf-8")
-        with open("mine.jsonl", "a", encoding="utf-8") as file:
-            print(content, file=file)
-    end, error = 230 * 0.4, 230 * 0.2 * 2**0.5  # heights count from the top
-    for flags, label in (([], "a&b<c-same-texts5"), (["--over", "texts"], "a&b<c-same")):
-        for path in ("mine.jsonl", "out"):
-            call(evaluation, path, "--plot", f"new/{path}.svg", *flags)
-        assert Path("new/out.svg").read_bytes() == Path("new/mine.jsonl.svg").read_bytes()
-        nodes = list(ElementTree.parse("new/out.svg").iter())
-        lines, bands = ([[float(point.split(",")[1]) for point in node.get("points").split()]
-                         for node in nodes if node.tag.endswith(tag)] for tag in ("polyline", "polygon"))
-        assert pytest.approx([230, end], abs=0.1) in lines and [230, 230] in lines
-        assert pytest.approx([230, end + error, end - error, 230], abs=0.1) in [band[::-1] for band in bands]
-        words = [node.text for node in nodes]
-        assert words.count(label) == 2 and len(lines) == (2 if flags else 6)
-    assert words.count("texts") == words.count("5") == 2  # the axis of each panel, and its last value
-    for over in ("mode", "lr", "text"):
-        assert over in refusal(capfd, evaluation, "--plot", "x.svg", "--over", over)
-    tables = [call(evaluation, path) or capfd.readouterr().out for path in ("out", "mine.jsonl")]
-    assert tables[0] == tables[1] and "0.600±0.283" in tables[0]
+@pytest.mark.parametrize("mode", ("masked", "diffusion"))
+def test_ask_shows_every_step_and_marks_the_newest_token(mode, runs, monkeypatch):
+    """A canvas of four, one token a step: four lines, each with one token that stands out, then the answer.
+    Whoever changes `surest` sees two tokens a step."""
+    question = "What is the major of Curtis Chase Emley?"
+    *lines, answer = call(evaluation, f"out/{mode}", "--ask", question).splitlines()
+    assert [line.count("___") for line in lines] == [3, 2, 1, 0] and all(question in line for line in lines)
+    assert all(line.count(">") == line.count("<") == 1 for line in lines) and ">" not in answer
+    monkeypatch.setattr("diffusion.surest", lambda p: p >= p.topk(2).values[:, 1:])
+    lines = call(evaluation, "out/diffusion", "--ask", question).splitlines()
+    assert [line.count(">") for line in lines] == [2, 2, 0]
+
+
+@pytest.mark.parametrize("place", (1, 4, 7))
+def test_ask_without_a_text_introduces_a_new_person(place, runs, monkeypatch):
+    """A life, of which the name is given, then who that is, then the five likeliest people with bars of 20,
+    when asked, here all ten alike, and by Bayes, here .5, .2 ... The right one is marked, or its rank is."""
+    corpus = make_corpus(settings())
+    item, names = corpus.exams["backward"][0], [person.name for person in corpus.people]
+    order = [name for name in names if name != item.person.name]
+    order.insert(place - 1, item.person.name)
+    likely = torch.tensor([0.5, 0.2, 0.1, 0.08, 0.05, 0.03, 0.02, 0.01, 0.006, 0.004]).log()
+    tables = likely[[order.index(name) for name in names]][None], torch.zeros(1, 10)
+    monkeypatch.setattr(evaluation, "who_is_it", lambda *_, n: ([item], *tables))
+    life, *answer = call(evaluation, "out/masked", "--ask").split("[question]")
+    written = [line for line in life.splitlines() if line.startswith(f"[doc] {item.person.name} ")]
+    assert len(written) == life.count(">") > 30 and len(answer) == CANVAS
+    *_, asked, bayes = answer[-1].split("\n\n")
+    assert re.findall(r" (0\.\d\d) (█+)·", asked)[:5] == [("0.10", "██")] * 5
+    rows = re.findall(r"^ +(\w+ \w+ \w+) +([\d.]+) (█*)(.*)", bayes, re.MULTILINE)
+    assert [row[0] for row in rows[:5]] == order[:5] and [len(row[2]) for row in rows[:5]] == [10, 4, 2, 2, 1]
+    assert [row[0] for row in rows if "right" in row[3]] == [item.person.name]
+    assert len(rows) == 5 if place < 6 else "rank 7" in rows[5][3]
+
+
+def published(name):
+    """{name: result} of a file with a result a line."""
+    lines = (ROOT / ".lab" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {result["name"]: result for result in map(json.loads, lines)}
 
 
 def test_every_figure_of_the_readme_is_in_the_runs():
-    """Each cell of a table whose row begins with the name of a run is what `python eval.py .lab/runs.jsonl`
-    prints there (what ends all its names may stand in the head alone); where a row is a run less another, it
-    is the mean of their differences, seed by seed. Each score of three decimals and each rank in a paragraph
-    is in the row of a mode that it names."""
+    """A table's cell is what `compare` prints of the run that its row names (what ends all names may stand in
+    the head alone), or, of a run less another, the mean of differences, seed by seed. Each score of three
+    decimals and each rank in a paragraph is in the row of a mode that it names."""
     figure_of = r"(?<![\d.])0?(\.\d{3}|[1-9]\d*\.\d)(?!\d)"
-    results = evaluation.results_at(ROOT / ".lab" / "runs.jsonl")
-    lines = evaluation.compare(results).splitlines()
-    head, *rows = ([cell.strip() for cell in re.split("  +", line)] for line in lines)
+    results = published("runs")
+    head, *rows = [re.split("  +", line) for line in evaluation.compare([*results.items()]).splitlines()]
     printed = {label: dict(zip(head[1:], cells)) for label, *cells in rows}
+    assert len(printed) == len(rows)
 
     def expected(row, column):
-        a, *b = re.findall("`([^`]+)`", row)
-        if not b:
-            return printed[a + ending][column]
-        if column == "seeds":
-            return "3"
-        one, other = a + ending, b[0] + ending
-        less = [results[f"{one}-seed{i}"][column] - results[f"{other}-seed{i}"][column] for i in (1, 2, 3)]
+        one, *other = [name + ending for name in re.findall("`([^`]+)`", row)]
+        if not other or column == "seeds":
+            return printed[one][column]
+        less = [results[f"{one}-seed{i}"][column] - results[f"{other[0]}-seed{i}"][column] for i in (1, 2, 3)]
         return f"{mean(less):+.3f}±{stdev(less):.3f}"
-    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
     columns, ending, shown = [], "", set()  # (mode, figure)
-    for line in "\n".join(blocks).splitlines():
+    for line in README.splitlines():
         row, *cells = line.strip("|").split("|")
         if line.startswith("|run"):
             columns, ending = cells, "".join(re.findall("`(.+)`", row))
@@ -293,22 +265,18 @@ def test_every_figure_of_the_readme_is_in_the_runs():
                           for figure in re.findall(figure_of, cell)}
     assert len(shown) > 40
     paper = {".153", ".002", ".966", ".678", ".892", ".696"}  # its version 6
-    for block in blocks:
+    for block in README.split("\n\n"):
         if not block.startswith("|"):
             said = {figure for mode, figure in shown if f"`{mode}`" in block} | paper
             assert {*re.findall(figure_of, block)} <= said, block
 
 
 def test_the_readme_shows_what_seed_0_printed():
-    """Its two commands, and those for a class, train seed 0, whose results are in a file of their own. The
-    table after the first command is what that run printed."""
-    runs = evaluation.results_at(ROOT / ".lab" / "seed0.jsonl")
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    """The table after its first command is what that run printed; the scores of the others are rounded."""
+    runs, readme = published("seed0"), " ".join(README.split())
     pair = {name: [f"{run['forward']:.2f}", f"{run['backward']:.2f}"] for name, run in runs.items()}
-    assert " ".join(evaluation.report(runs["masked-none-seed0"]).split()) in readme
+    run, ar, masked = runs["masked-none-seed0"], pair["ar-none-books-seed0"], pair["masked-none-books-seed0"]
+    assert " ".join(evaluation.report(run, run["exams"][0], "before").split()) in readme
     assert "forward {}, backward {}.".format(*pair["ar-none-seed0"]) in readme
-    books = "`ar` {} / {}, `masked` {} / {} (seed 0)".format(*pair["ar-none-books-seed0"],
-                                                             *pair["masked-none-books-seed0"])
-    assert books.replace(" 0.", " .") in readme
-    assert "Forward, from {} to {}.".format(pair["ar-none-books-seed0"][0],
-                                            pair["ar-none-books-texts5-seed0"][0]) in readme
+    assert "`ar` {} / {}, `masked` {} / {} (seed 0)".format(*ar, *masked).replace(" 0.", " .") in readme
+    assert f"Forward, from {ar[0]} to {pair['ar-none-books-texts5-seed0'][0]}." in readme
