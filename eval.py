@@ -404,7 +404,8 @@ def curves(lines, axis):
                 middle.append(place(x, mean(scores)))
                 lower.insert(0, place(x, mean(scores) - deviation))
             parts += [f'<polygon points="{" ".join(upper + lower)}" fill="{colour}" opacity="0.2"/>',
-                      f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}"/>']
+                      f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}" '
+                      'stroke-width="2"/>']
         parts.append("</g>")
     for n, (label, colour) in enumerate(zip(lines, colours)):
         parts.append(words_at(50, height + 105 + 18 * n, f"● {label}", f'fill="{colour}"'))

@@ -7,7 +7,7 @@ goes on. From the root of the repository:
     python .lab/runs.py collect      all results below out/ -> .lab/runs.jsonl, or another file named after it
     python .lab/runs.py table        what `python eval.py` prints, of .lab/runs.jsonl
     python .lab/runs.py less         differences of rows, seed by seed, from .lab/runs.jsonl
-    python .lab/runs.py texts        .lab/texts.svg and .lab/texts_rich.svg: scores over --texts
+    python .lab/runs.py figures      .lab/curves.svg, and .lab/texts.svg and .lab/texts_rich.svg: over --texts
 
 A row is flags of train.py, with the modes, arms and worlds of controls.py. The rows of EDITS are flags for a
 copy of the five files, in out/NAME/, in which one place of one file is replaced.
@@ -122,7 +122,10 @@ if __name__ == "__main__":
         print(evaluation.compare(published().items()))
     elif words == ["less"]:
         less()
-    elif words == ["texts"]:
+    elif words == ["figures"]:
+        default = [(name, run) for name, run in published().items() if re.match("(ar|masked|diffusion)-none-seed", name)]
+        lines = {label: evaluation.over_steps(runs) for label, _, runs in evaluation.group(default)}
+        Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
         over_texts(r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg")
         over_texts(r"\w+-change_order-texts\d+-seed\d", ".lab/texts_rich.svg")
     else:

@@ -88,8 +88,9 @@ def test_ctrl_c_is_one_line(monkeypatch):
     """What Python prints of a sys.exit("line"): what to do next, no traceback; its exit code is 1."""
     monkeypatch.setattr("data.make_corpus", MagicMock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit, match=r"^\n?[^\n]*the same command[^\n]*$"):
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert re.fullmatch("[^\n]*the same command[^\n]*", str(stop.value).strip())
 
 
 @pytest.mark.parametrize("factor", (math.nan, math.inf))
@@ -228,13 +229,14 @@ def test_what_breaks_a_rule_moves_nothing(runs, monkeypatch):
     assert "Who?" in refusal(train, *command) and sorted(Path().rglob("*")) == before
 
 
-def test_one_base_serves_all_arms_and_modes_of_its_kind():
-    """A base depends on nothing that is of fine-tuning, such as the arm of new people or their objective."""
+def test_one_base_serves_all_arms_and_modes_of_its_kind(monkeypatch):
+    """A base depends on nothing of fine-tuning, such as new people's arm, an edit of it, or the objective."""
     bases = {}
     for mode in MODES:
         model = Transformer(settings(), MODES[mode].causal)
-        for i, arm in enumerate(ARMS):
-            how = settings(mode=mode, paraphrases=arm, lr=i / 10, steps=i + 1, batch=[1, 2, 3, i])
+        for i, (name, arm) in enumerate([*ARMS.items()]):
+            monkeypatch.setitem(ARMS, "none", arm)
+            how = settings(mode=mode, paraphrases=name, lr=i / 10, steps=i + 1, batch=[1, 2, 3, i])
             now = evaluation.identity(train.of_base(how), model)
             assert bases.setdefault(MODES[mode].base, now) == now
     assert len({*map(str, bases.values())}) == len(bases) > 1
@@ -259,16 +261,16 @@ def test_a_seventh_attribute_in_a_file_of_its_own():
     """One entry in a world, here from a sixth file, and all else follows: its words become tokens, documents
     tell it, exams ask for it, and the run depends on that file, even if it is started through a link."""
     shutil.copytree(ROOT, "mine", ignore=lambda folder, names: {*names} - {*CODE})
-    source = Path("mine/data.py").read_text(encoding="utf-8").replace("import re", "import pets, re", 1)
-    source = source.replace('"work city": ', '"pet": Attribute(*pets.pet), "work city": ', 1)
+    source = Path("mine/data.py").read_text(encoding="utf-8").replace("import re", "import sixth, re", 1)
+    source = source.replace('"work city": ', '"instrument": Attribute(*sixth.new), "work city": ', 1)
     Path("mine/data.py").write_text(source, encoding="utf-8")
-    Path("mine/pets.py").write_text("pet = ['Sea Otter', 'Grey Parrot'], ['has a'], 'belongs to', 'walks a'")
+    Path("mine/sixth.py").write_text("new = ['Grand Piano', 'Small Drum'], ['plays a'], 'suits', 'plays the'")
     Path("link").symlink_to("mine")
     subprocess.run([sys.executable, "link/train.py", *TINY, "--new", "1", "--name", "run"], check=True)
     result, asked = result_of("out/run"), Path("out/run/answers.jsonl").read_text(encoding="utf-8")
-    assert "walks a" in asked and re.search("pet of [^?]*[?].*(Sea Otter|Grey Parrot)", asked)
-    assert result["items"]["forward"] == len(WORLD.attributes) + 1 and 0 <= result["forward pet"] <= 1
-    assert {"model.py", "train.py", "pets.py"} == {name for name in result["code"] if name.endswith(".py")}
+    assert "plays the" in asked and re.search("instrument of [^?]*[?].*(Grand Piano|Small Drum)", asked)
+    assert result["items"]["forward"] == len(WORLD.attributes) + 1 and 0 <= result["forward instrument"] <= 1
+    assert {"model.py", "train.py", "sixth.py"} == {name for name in result["code"] if name.endswith(".py")}
 
 
 @pytest.mark.parametrize("name, damage", (

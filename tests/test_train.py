@@ -71,8 +71,7 @@ def test_one_new_person_is_enough(flags, left_out):
     (f"--world books --steps {train.defaults('books').steps}", "none-books", "ar-none-books"),
     ("--world books --steps 77", "none-books-steps77", "ar-none-books")))
 def test_folder_and_base_are_named_after_what_was_changed(flags, folder, base, monkeypatch):
-    """Mode, arm, world, each flag that differs from that world's default, seed: said or not, a default is the
-    same run. Two runs with the name of one base have the same settings of pretraining."""
+    """Mode, arm, world, each flag that is not this world's default, seed; one name of a base, one base."""
     for name in ("make_corpus", "Transformer", "identity", "claim"):
         monkeypatch.setattr(train, name, MagicMock())
     monkeypatch.setattr(train, "train", MagicMock(side_effect=[[], KeyboardInterrupt]))
@@ -237,8 +236,7 @@ def test_the_readme_names_what_there_is():
     ("data.py", True), ("diffusion.py", True), ("train.py --help", True), ("eval.py --help", True),
     (f"train.py {' '.join(TINY)}", True), (f"train.py {' '.join(TINY)}", False)))
 def test_scripts_start_from_a_shell(script, inside):
-    """As a child process from their own folder, as most people do (a copy, for out/ lands there), or from
-    another one, with output that is no terminal and can only show ASCII."""
+    """From their own folder (a copy, for out/ lands there) or another, where only ASCII can be shown."""
     name, *flags = script.split()
     for file in ROOT.glob("*.py") if inside else ():
         shutil.copy(file, ".")
