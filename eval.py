@@ -195,7 +195,8 @@ def identity(settings, model):
         sys.exit(f"--mode {settings.mode}: what its objective draws, it must draw with `generator`")
     parts = {"rows": str([x.tolist() for x in documents + questions]), "objective": made[0],
              "weights": str([(name, [*p.shape]) for name, p in model.named_parameters()] + [model.causal])}
-    files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+    modules = {name: module for name, module in sys.modules.items() if name != "__main__"}
+    files = [Path(getattr(module, "__file__", None) or "") for module in modules.values()]
     beside = {file.name for file in files if file.resolve().parent == HERE and file.is_file()}
     for name in {"model.py", "train.py"} | beside - {"data.py", "diffusion.py", "eval.py"}:
         parts[name] = statements((HERE / name).read_text(encoding="utf-8-sig"))
@@ -337,8 +338,8 @@ def report(scores, other, title):
         *table(rows), *textwrap.wrap(f"in parts: {parts}", width=90, subsequent_indent="    "),
         "what it knows, but may be unable to say, of the first new people:",
         f"    the right one of all is the likeliest by its forward answers (Bayes): {scores['bayes']:.2f}",
-        f"    median rank of the right name, when asked for it: {scores['rank']:.0f} of all people's names",
-        f"    the same among new people's names: {scores['rank_new']:.0f}"])
+        f"    median rank of the right name, when asked for it: {scores['rank']:g} of all people's names",
+        f"    the same among new people's names: {scores['rank_new']:g}"])
 
 
 def compare(results):
@@ -377,10 +378,10 @@ def over_steps(runs):
 
 
 def curves(lines, axis):
-    """New people's scores, a panel per direction. `lines`: {label: {x: [scores of a run there]}}. A line is
+    """New people's scores, a panel per direction. `lines`: [(label, {x: [scores of a run there]})]. A line is
     the mean over runs, its band one standard deviation to either side."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
-    last = max(x for points in lines.values() for x in points)
+    last = max(x for _, points in lines for x in points)
     width, height = 300, 230  # of a panel, whose upper left corner is (0, 0)
 
     def place(x, score):
@@ -395,7 +396,7 @@ def curves(lines, axis):
         for score in (0, 0.5, 1):
             parts += [words_at(-8, height * (1 - score) + 4, score, 'text-anchor="end"'),
                       f'<path d="M0 {height * (1 - score)}h{width}" stroke="#ccc"/>']
-        for points, colour in zip(lines.values(), colours):
+        for (_, points), colour in zip(lines, colours):
             upper, middle, lower = [], [], []
             for x in sorted(points):
                 scores = [line[direction] for line in points[x]]
@@ -407,7 +408,7 @@ def curves(lines, axis):
                       f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}" '
                       'stroke-width="2"/>']
         parts.append("</g>")
-    for n, (label, colour) in enumerate(zip(lines, colours)):
+    for n, ((label, _), colour) in enumerate(zip(lines, colours)):
         parts.append(words_at(50, height + 105 + 18 * n, f"● {label}", f'fill="{colour}"'))
     return svg(2 * width + 130, height + 105 + 18 * len(lines), parts)
 
@@ -522,7 +523,7 @@ def main():
             scores, _ = exam(model, mode, corpus)
             print(report(scores | bayes(model, mode, corpus) | chance(corpus), stored(args.path), "stored"))
     elif args.plot:
-        lines = {f"{label} {code}": over_steps(runs) for label, code, runs in group(results_at(args.path))}
+        lines = [(f"{label} {code}", over_steps(runs)) for label, code, runs in group(results_at(args.path))]
         write(args.plot, curves(lines, "steps of fine-tuning"))
     else:
         print(compare(results_at(args.path)))

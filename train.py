@@ -310,9 +310,10 @@ def main():
     """Pretrain if there is no base yet, fine-tune, examine, write the result."""
     sys.stdout.reconfigure(errors="replace")  # some terminals cannot print the "█" of a bar
     settings, folder = parse_args()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one seed, one result, as far as a GPU can
-    torch.use_deterministic_algorithms(settings.device == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling was a third of a step's kernels
+    if settings.device == "cuda":  # one seed, one result, as far as a GPU can
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # that was a third of a step's kernels
     corpus = make_corpus(settings)
     model = Transformer(settings, MODES[settings.mode].causal).to(settings.device)
     now = identity(settings, model)

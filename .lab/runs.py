@@ -110,7 +110,7 @@ def over_texts(pattern, file):
     for name, run in published().items():
         if re.fullmatch(pattern, name):
             lines[run["settings"]["mode"]][run["settings"]["texts"]].append(run)
-    Path(file).write_bytes(evaluation.curves(lines, "texts about a new person"))
+    Path(file).write_bytes(evaluation.curves(list(lines.items()), "texts about a new person"))
 
 
 if __name__ == "__main__":
@@ -124,7 +124,7 @@ if __name__ == "__main__":
         less()
     elif words == ["figures"]:
         default = [(name, run) for name, run in published().items() if re.match("(ar|masked|diffusion)-none-seed", name)]
-        lines = {label: evaluation.over_steps(runs) for label, _, runs in evaluation.group(default)}
+        lines = [(label, evaluation.over_steps(runs)) for label, _, runs in evaluation.group(default)]
         Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
         over_texts(r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg")
         over_texts(r"\w+-change_order-texts\d+-seed\d", ".lab/texts_rich.svg")
