@@ -48,7 +48,7 @@ class Arm(NamedTuple):
     """One way to write the documents about a person."""
     about: str                      # for --help
     texts: int = 1                  # texts a person
-    change_order: bool = False      # the order of the facts changes from text to text
+    change_order: bool = False      # the facts are shuffled anew for each text
     name: tuple = ("first",)        # where the name stands, in one text after the other
 
 
@@ -96,7 +96,11 @@ def documents(person, arm, world, rng):
         if arm.change_order:
             rng.shuffle(order)
         where = arm.name[i % len(arm.name)]
-        named = {"first": 0, "anywhere": rng.randrange(len(order)), "last": len(order) - 1}[where]
+        named = rng.randrange(len(order))  # the sentence with the name, if it may be anywhere
+        if where == "first":
+            named = 0
+        elif where == "last":
+            named = len(order) - 1
         sentences = []
         for j, attribute in enumerate(order):
             value, ways = person.facts[attribute], world.attributes[attribute]
@@ -176,8 +180,8 @@ def stack(rows, width=0):
 
 
 def longest(world):
-    """The number of tokens of the longest document that a world can have. All documents are padded to it, so
-    that the response of `masked`, which follows a document, begins at one position in training and exam."""
+    """As many tokens as any document of a world can have. All documents are padded to it, so that the
+    response of `masked`, which follows a document, begins at one position in training and exam."""
     sentences = [max(len(encode(f"{way} {attribute.values[0]}.")) for way in
                      [*attribute.name_first, attribute.name_last]) for attribute in world.attributes.values()]
     n_pronouns = len(sentences) - 1
@@ -193,10 +197,10 @@ UNASKED = 10    # one backward question in so many about known people is kept fo
 
 
 class Item(NamedTuple):
-    """What an exam asks. To split a score, by attribute or by anything else, ask the item."""
+    """What an exam asks. To split a score by something of it, see `exam` in eval.py."""
     given: str          # what is shown, up to the first [mask]
     truth: str          # what must follow; of a question all of the canvas, "Elkton [end] [end] [end]"
-    masks: int          # how many [mask]s follow what is given; more than the truth has words in `recite`
+    masks: int          # [mask]s behind what is given: as many as the truth has tokens, in `recite` more
     person: Person
     attributes: tuple   # the one that is asked for or, backward, those of the clues
 
@@ -206,8 +210,8 @@ class Corpus(NamedTuple):
     width: int          # tokens of a document's row
     known: int          # how many of the people are known
     people: list        # known people, then new people
-    rows: dict          # all that is read in training -> tokens (N, T), learned (N, T): the documents
-                        # "known" and "new", the questions "known_forward" and "known_backward"
+    rows: dict          # all that is read in training: "known" and "new" (documents), "known_forward" and
+                        # "known_backward" (questions); each a pair: tokens (N, T), learned (N, T)
     exams: dict         # name -> [Item]
 
 
@@ -228,7 +232,9 @@ def make_corpus(settings):
     rows = {"known": [], "new": [], "known_forward": [], "known_backward": []}
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
-        own_rng = random.Random(f"{settings.seed} {person.name}")  # or a longer arm would change all others
+        # Everybody has a generator of their own. From a common one an arm of more texts would draw more
+        # numbers, and so change the texts of all people after.
+        own_rng = random.Random(f"{settings.seed} {person.name}")
         texts = documents(person, known_arm if i < settings.known else new_arm, world, own_rng)
         forward = [Item(*question_row(forward_question(person, a), value), CANVAS, person, (a,))
                    for a, value in person.facts.items()]
@@ -237,8 +243,8 @@ def make_corpus(settings):
                     for facts in clues(person, world) if how_many_fit[facts] == 1]
         rng.shuffle(backward)
         if i < settings.known:
-            # Every tenth is kept back, counted from i, the number of the person. Counted from 0, a world with
-            # one question a person would keep back none.
+            # Every tenth is kept back. The count goes on from person to person: if it started at 1 for
+            # everybody, a world with one question a person would keep back none.
             unasked = [item for j, item in enumerate(backward, start=i + 1) if j % UNASKED == 0]
             asked = [item for item in backward if item not in unasked]
             rows["known"] += [document_row(text) for text in texts]
@@ -263,9 +269,9 @@ def make_corpus(settings):
 
 
 def recite(person, text):
-    """Can a text be continued? Given is all that it says before a value, "[doc] Curtis Chase Emley comes
-    from", and [mask]s for the rest, of which those of the value are filled. A value that comes before the
-    name is left out: nobody can know whose it is."""
+    """Can a text be continued? An item a value. Given is the text up to the value, "[doc] Curtis Chase Emley
+    comes from". As many [mask]s follow as the text has tokens left, and only the first, the value's own, are
+    filled. A value that comes before the name is left out: nobody can know whose it is."""
     items, length = [], len(encode(f"[doc] {text} [end]"))
     for attribute, value in person.facts.items():
         before = text[:re.search(rf"\b{value}\b", text).start()]
@@ -392,8 +398,9 @@ def check(world):
     pool_of = {}  # word -> its pool
     for name, pool in pools.items():
         for word in set(" ".join(pool).split()):
-            if pool_of.setdefault(word, name) != name:
-                sys.exit(f"data.py: {word!r} is in {pool_of[word]} and in {name}; use it in one alone")
+            other = pool_of.setdefault(word, name)  # the first pool that has this word
+            if other != name:
+                sys.exit(f"data.py: {word!r} is in {other} and in {name}; use it in one alone")
 
 
 if __name__ == "__main__":

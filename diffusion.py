@@ -50,20 +50,22 @@ def corrupt(learned, ratio, generator):
         mean over all orders of -log p(x)  =  M_L + ... + M_1  =  L x the mean of M_k over k
 
     With k drawn evenly from 1..L, which is `ratio` (0, 1), one row estimates that mean: the loss per token,
-    comparable with `ar`'s. It is the negative ELBO: it bounds -log p(x) of the mixture of all orders. Hiding
-    each token with probability t and weighing it by 1 / t, as eq. 1 of the paper does, has the same
-    expectation if t is drawn from 0 to 1. The paper draws t from .05 to .95. Like (.05, .95) here, that makes
-    some k rarer than others, and so it is not the ELBO.
+    comparable with `ar`'s. L times it is the negative ELBO, an upper bound of -log p(x), where p is the
+    mixture of all orders. Hiding each token with probability t and weighing it by 1 / t, as eq. 1 of the
+    paper does, has the same expectation if t is drawn from 0 to 1. The paper draws t from .05 to .95. Like
+    (.05, .95) here, that makes some k rarer than others, and so it is not the ELBO.
 
-    Each row draws its own t. If you draw the t of a batch from slices of the range instead, permute them: a
-    batch has known people's rows first, which would get all the small ones.
+    Each row draws its own t. (They could be spread, row 1 of a batch from the lowest slice of the range, row
+    2 from the next, for less noise. Then shuffle them: known people come first and would get the small ones.)
     """
     low, high = ratio
     t = low + (high - low) * torch.rand(len(learned), 1, generator=generator)       # (B, 1)
-    # A schedule of yours goes here. Keep its t between low and high: `masked` and `log_p` rely on it.
+    # A schedule of yours goes here. Keep its t between low and high: `masked` asks for .75 and .75, and
+    # `log_p` (eval.py) for 1 and 1, which hides all of an answer.
     assert 0 <= t.min() and t.max() <= 1, "corrupt: a share t of tokens to hide must lie in 0 .. 1"
     L = learned.sum(1, keepdim=True)                                                # (B, 1)
     k = (t * L - 1e-4).ceil()   # (B, 1). Without the 1e-4, .6 x 25 = 15.000001 would be rounded up to 16
+    # float64: with fewer digits two draws of a row could be equal, and be sorted otherwise elsewhere.
     draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)     # (B, T)
     draws = draws.masked_fill(~learned, 2)      # what is given comes last
     rank = draws.argsort(1).argsort(1)          # (B, T): of each draw in its row, 0 for the smallest
@@ -137,9 +139,10 @@ def decode_ar(model, tokens, blank):
 
 
 def surest(confidence):
-    """(B, T) -> bool: in each row the place to fill next, where the model is surest. Confidence is its
-    probability of the best token, and 0 where nothing is blank; such places may be chosen, too, but are never
-    written. To fill two places a step, or all with `| (confidence > .9)`, change the next line."""
+    """(B, T) -> bool: in each row the place to fill next, where the model is surest. Confidence is the
+    model's probability of its best token, and 0 at places that are not blank. (In a row without blanks one
+    of those is chosen; the caller does not write it.) To fill also every place with more than .9, put
+    `| (confidence > .9)` behind the next line; for the two surest, use topk(2) in place of argmax."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 

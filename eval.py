@@ -1,8 +1,8 @@
 """
 The exam: what does a model know that it only read in documents? And what does it know but cannot say?
 
-Answers are greedy, and count only if they are right from the first token to the last. A value is asked for in
-two ways:
+Answers are greedy, and count only if they are right from the first token up to the first [end]. A value is
+asked for in two ways:
 
     recite     [doc] Curtis Chase Emley was born on 28 May 1952. He comes from ...      is it stored?
     question   [question] What is the birth city of Curtis Chase Emley? [answer] ...    can it be asked for?
@@ -60,8 +60,9 @@ def fill(model, mode, corpus, texts, counts=None):
 
 def exam(model, mode, corpus, names=EXAMS):
     """-> (scores, answers). Scores: exact match in each exam of `names`, in `forward` also by attribute. An
-    exam without items is left out. Answers: a dict an item. To `split` scores by anything else, add that to
-    what is returned: scores with a space in their name are printed below the table."""
+    exam without items is left out. Answers: a dict an item. For scores by something else, say the pronoun,
+    put "pronoun": item.person.pronoun into that dict, and return also `split(forward, lambda line:
+    f"forward {line['pronoun']}")`. Scores with a space in their name are printed below the table."""
     model.eval()
     answers = []
     for name in names:
@@ -71,7 +72,8 @@ def exam(model, mode, corpus, names=EXAMS):
             batch = items[first:first + 256]
             texts = [item.given + " [mask]" * item.masks for item in batch]
             lengths = [len(encode(item.truth)) for item in batch]
-            *_, filled = fill(model, mode, corpus, texts, lengths)
+            for filled in fill(model, mode, corpus, texts, lengths):
+                pass  # only the last step counts, when all is filled
             for item, row, length in zip(batch, filled, lengths):
                 start = len(encode(item.given))
                 said, truth = until_end(decode(row[start:start + length])), until_end(item.truth)
@@ -109,8 +111,9 @@ def log_p(model, mode, rows):
     at = (weights > 0) & (targets != MARKS.end)  # (N, T), true at the S words of all answers
     device = model.embed.weight.device
     log_ps = logits_of_words(model, inputs.to(device), at.to(device)).log_softmax(-1).cpu()  # (S, V)
-    own = log_ps.gather(1, targets[at][:, None])[:, 0]  # (S,)
-    return torch.zeros(at.shape).masked_scatter(at, own).sum(1)
+    per_token = torch.zeros(at.shape)  # (N, T)
+    per_token[at] = log_ps.gather(1, targets[at][:, None])[:, 0]
+    return per_token.sum(1)
 
 
 def who_is_it(model, mode, corpus, n=PROBED):
@@ -125,21 +128,26 @@ def who_is_it(model, mode, corpus, n=PROBED):
     product, and log p(name | question), which is what it says when asked.
     """
     model.eval()
-    last_of_each = {item.person.name: item for item in corpus.exams["backward"]}
-    items = list(last_of_each.values())[:n]
+    one_each = {}
+    for item in corpus.exams["backward"]:
+        one_each[item.person.name] = item  # a later question about the same person replaces it
+    items = list(one_each.values())[:n]
     by_bayes, when_asked = [], []
     for item in items:
         forward = [question_row(forward_question(person, attribute), item.person.facts[attribute])
                    for attribute in item.attributes for person in corpus.people]
-        names = [(item.given, question_row("", person.name)[1]) for person in corpus.people]
+        question = item.given.removeprefix("[question] ").removesuffix(" [answer]")
+        names = [question_row(question, person.name) for person in corpus.people]
         by_bayes.append(log_p(model, mode, forward).view(len(item.attributes), -1).sum(0))
         when_asked.append(log_p(model, mode, names))
     return items, torch.stack(by_bayes), torch.stack(when_asked)
 
 
 def rank(scores, i):
-    """The rank of number i among scores (P,): 1 is the highest, and whoever has the same counts half."""
-    return 0.5 + (scores > scores[i]).sum().item() + (scores == scores[i]).sum().item() / 2
+    """The rank of number i among scores (P,): 1 is the highest; each other one with the same adds 1/2."""
+    higher = (scores > scores[i]).sum().item()
+    others = (scores == scores[i]).sum().item() - 1  # without i itself
+    return 1 + higher + others / 2
 
 
 def bayes(model, mode, corpus):
@@ -156,7 +164,8 @@ def bayes(model, mode, corpus):
 
 
 def chance(corpus):
-    """Scores without knowledge: of a random value of the attribute, of a random name of all people."""
+    """Scores without knowledge: of a random value of the attribute, of a random name of all people. And how
+    many items each exam has."""
     values = [len(attribute.values) for attribute in corpus.world.attributes.values()]
     return {"chance_forward": mean(1 / n for n in values), "chance_backward": 1 / len(corpus.people),
             "items": {name: len(items) for name, items in corpus.exams.items()}}
@@ -171,12 +180,14 @@ HERE = Path(__file__).resolve().parent
 
 def identity(settings, model):
     """What the training of a base or a run depends on -> {"settings": its settings without the device,
-    "code": a digest of each other part}. Two with the same identity are one, and what differs can be named.
+    "code": a digest of each other part}. Two runs with equal identity count as one. Where they are not equal,
+    `differences` names the parts.
 
     model.py, train.py and a sixth file beside these five count as they are written, but for comments,
     docstrings and blank lines. data.py and diffusion.py count by what they do: the rows of a sample, 20 known
     and 10 new people, and what the objectives make of these rows. So an edit of a decoder, of the exam or of
-    another mode changes nothing. What happens only in rare rows or in late steps is not noticed.
+    another mode changes nothing. What shows only in rows that the sample lacks, or after many calls of an
+    objective, is not noticed.
     """
     kept = {name: value for name, value in vars(settings).items() if name != "device"}
     few = {"seed": 0, "known": min(20, settings.known), "new": min(10, settings.new)}
@@ -195,10 +206,12 @@ def identity(settings, model):
         sys.exit(f"--mode {settings.mode}: what its objective draws, it must draw with `generator`")
     parts = {"rows": str([x.tolist() for x in documents + questions]), "objective": made[0],
              "weights": str([(name, [*p.shape]) for name, p in model.named_parameters()] + [model.causal])}
-    modules = {name: module for name, module in sys.modules.items() if name != "__main__"}
-    files = [Path(getattr(module, "__file__", None) or "") for module in modules.values()]
-    beside = {file.name for file in files if file.resolve().parent == HERE and file.is_file()}
-    for name in {"model.py", "train.py"} | beside - {"data.py", "diffusion.py", "eval.py"}:
+    files = {"model.py", "train.py"}
+    for name, module in list(sys.modules.items()):  # and a sixth file
+        file = Path(getattr(module, "__file__", None) or "")
+        if name != "__main__" and file.is_file() and file.resolve().parent == HERE:
+            files.add(file.name)
+    for name in files - {"data.py", "diffusion.py", "eval.py"}:
         parts[name] = statements((HERE / name).read_text(encoding="utf-8-sig"))
     return {"settings": kept, "code": {name: digest(parts[name]) for name in sorted(parts)}}
 
@@ -239,7 +252,8 @@ def load(path):
             saved = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         else:
             saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["settings"]["seed"], saved["code"]  # what each of them has
+        if "seed" not in saved["settings"] or "code" not in saved:
+            raise ValueError("neither a checkpoint nor a result")
         return saved
     except Exception:  # there is no end to what a damaged file can raise
         sys.exit(f"{path} is damaged, or no checkpoint or result: move it away, and type the command again")
@@ -321,7 +335,7 @@ REPORT = (("recite", "forward", "new people: recite their own document"),
           ("backward", "backward", "new people: question, attributes -> name"),
           ("known_forward", "forward", "known people: question, name -> attribute"),
           ("known_backward", "backward", "known people: question, attributes -> name"),
-          ("known_unasked", "backward", "known people: the same, from clues never asked"))
+          ("known_unasked", "backward", "known people: the same, from sets of clues never asked"))
 
 
 def report(scores, other, title):
@@ -475,7 +489,10 @@ def watch(model, mode, corpus, text):
             time.sleep(0.15)
         print(joined(words))
         before = row
-    print(until_end(decode(row).partition("[answer]")[2] or decode(row[1:])))
+    text = decode(row)
+    if "[answer]" in text:
+        text = text.partition("[answer]")[2]
+    print(until_end(text.removeprefix("[doc]")))
 
 
 def introduce(model, mode, corpus):
@@ -483,7 +500,8 @@ def introduce(model, mode, corpus):
     the five likeliest of all people, when it is asked and by Bayes."""
     [item], [by_bayes], [when_asked] = who_is_it(model, mode, corpus, n=1)
     name = f"[doc] {item.person.name}"
-    length = 1 + corpus.rows["new"][1][0].sum().item()  # as many tokens as the first new document has
+    _, learned = corpus.rows["new"]
+    length = 1 + learned[0].sum().item()  # [doc] and all else that the first new document has
     watch(model, mode, corpus, name + " [mask]" * (length - len(encode(name))))
     watch(model, mode, corpus, item.given + " [mask]" * CANVAS)
     right, P = corpus.people.index(item.person), len(corpus.people)

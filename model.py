@@ -30,8 +30,8 @@ def norm(x):
 
 def rotary(T, D, device):
     """cos and sin (T, D) of the angles position x frequency; both channels of a pair have the same angle.
-    Attention then sees distances. (Learned positions would know none beyond the rows of pretraining, and
-    those of `masked` are twice as long.)"""
+    Attention then sees distances. (Learned positions would be untrained beyond the longest row of
+    pretraining, and the rows of `masked` are twice as long.)"""
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)              # (D / 2,)
     angle = torch.outer(torch.arange(T, device=device), frequency).repeat(1, 2)     # (T, D)
     return angle.cos(), angle.sin()

@@ -34,11 +34,12 @@ from diffusion import MODES
 from eval import bayes, chance, claim, exam, identity, load, report, write
 from model import DEVICES, Transformer, loss
 
-EXAMS_A_RUN = 5     # from step 0 on, at equal distances; one more comes at the end
+EXAMS_A_RUN = 5     # at most, from step 0 on, at equal distances; one more comes at the end
 SAVE_EVERY = 25     # steps between two checkpoints, each with a line in the log
 
 # What pretraining has in place of the settings of fine-tuning, whatever these are, so that one base serves
-# all arms. Half of its rows are questions, and it learns faster, for it has nothing to lose.
+# all arms. Half of its rows are questions. Its matrices learn faster and decay more (`forget`, explained in
+# `make_optimizers`), for they have nothing to lose.
 PRETRAINING = {"paraphrases": "none", "texts": 0, "mask_ratio": None, "batch": [32, 0, 16, 16],
                "pretrain_steps": 0, "lr": 0.02, "embed_lr": 0.04, "forget": 10.0, "embed_forget": 0.0}
 
@@ -60,7 +61,8 @@ def train(stage, settings, corpus, model, folder):
     start, seconds = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0.0)
 
     losses = []
-    progress = tqdm(range(start, settings.steps), stage, settings.steps, initial=start, dynamic_ncols=True)
+    progress = tqdm(range(start, settings.steps), desc=stage, total=settings.steps, initial=start,
+                    dynamic_ncols=True)
     for step in progress:
         if stage == "fine-tuning" and step % math.ceil(settings.steps / EXAMS_A_RUN) == 0:
             scores, _ = exam(model, settings.mode, corpus, QUESTIONS)
@@ -106,12 +108,13 @@ def train(stage, settings, corpus, model, folder):
 def draw(corpus, counts, generator):
     """{"known": 11, "new": 43} -> so many random rows of each, one group after the other, as tokens (B, T),
     learned (B, T). To read each row once before any comes again, draw here from a shuffled order."""
-    drawn = []
+    tokens, learned = [], []
     for name, n in counts.items():
-        tokens, learned = corpus.rows[name]
-        index = torch.randint(len(tokens), (n,), generator=generator)
-        drawn.append((tokens[index], learned[index]))
-    return [torch.cat(parts) for parts in zip(*drawn)]
+        all_tokens, all_learned = corpus.rows[name]
+        index = torch.randint(len(all_tokens), (n,), generator=generator)
+        tokens.append(all_tokens[index])
+        learned.append(all_learned[index])
+    return torch.cat(tokens), torch.cat(learned)
 
 
 def schedule(step, steps):
@@ -164,12 +167,13 @@ def orthogonal(matrix):
 
 
 def make_optimizers(model, settings):
-    """Matrices in blocks learn by Muon at `lr`, embeddings by AdamW at `embed_lr`, and what is no matrix, as
-    a norm's gain, by AdamW at `lr` without decay. What is frozen is left out.
+    """Matrices in blocks learn by Muon at `lr`, embeddings by AdamW at `embed_lr`. What is no matrix (this
+    model has none; say, a norm's gain) learns by AdamW at `lr` without decay. What is frozen is left out.
 
-    `forget` sets the decay: over all steps, however many, a weight without gradient shrinks to exp(-forget)
-    of its start."""
-    rates = sum(schedule(step, settings.steps) for step in range(settings.steps))  # for a peak of 1
+    `forget` sets the decay: over all steps a weight without gradient shrinks to about exp(-forget) of its
+    start. A step multiplies it by 1 - peak x schedule x decay, and all steps by about exp(-decay x peak x
+    rates), so the decay is forget / rates / peak; and at most 1 / peak, or the sign would turn."""
+    rates = sum(schedule(step, settings.steps) for step in range(settings.steps))
 
     def group(parameters, peak, forget):
         decay = min(forget / rates, 1) / peak if peak else 0
@@ -216,7 +220,8 @@ def json_lines(dicts):
 
 
 def flag(default, about, low=None, high=10**9, **more):
-    """A field of Settings, which is a flag: for argparse `about`, the range of a number, and more."""
+    """One field of Settings, which is also a flag. `about` is its help text, low and high are the range of a
+    number (low gives its type), and `more` goes to argparse as it is."""
     if low is not None:
         more["type"] = type(low)
     more["help"] = about
@@ -236,7 +241,7 @@ class Settings:
     texts: int = flag(0, "texts about a new person; 0: as many as --paraphrases has", 0)
     seed: int = flag(0, "another number, other people and weights", 0)
     steps: int = flag(1000, "of fine-tuning: raise with --new", 1)
-    mask_ratio: list = flag(None, "share of a document to hide; a mode has its own", 0.0, 1, nargs=2)
+    mask_ratio: list = flag(None, "least and largest share of a document to hide", 0.0, 1, nargs=2)
     batch: list = flag([11, 43, 5, 5], "rows a step: documents about known people, about new people, forward "
                        "questions, backward questions", 0, nargs=4)
     known: int = flag(200, "people in pretraining: raise with --pretrain_steps", 1)
@@ -263,7 +268,7 @@ def defaults(world):
 
 
 def name_of(settings, default):
-    """"masked-none-books-lr0.01-seed0": mode, arm, world, what differs from its default, seed."""
+    """The name "masked-none-books-lr0.01-seed0": mode, arm, world, what differs from its default, seed."""
     words = [settings.mode, settings.paraphrases]
     if settings.world != Settings().world:
         words.append(settings.world)
@@ -280,7 +285,9 @@ def parse_args():
     for f in fields(Settings):
         parser.add_argument(f"--{f.name}", default=f.default_factory(), **f.metadata["more"])
     parser.add_argument("--name", help="of the folder below out/; without it mode, arm and what you changed")
-    parser.set_defaults(**WORLDS[parser.parse_known_args()[0].world].settings)
+    # First a look at --world alone, which brings defaults of its own, so that --help shows these.
+    first, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
+    parser.set_defaults(**WORLDS[first.world].settings)
     given = vars(parser.parse_args())
     name = given.pop("name")
     settings = Settings(**given)
@@ -289,8 +296,10 @@ def parse_args():
 
     for f in fields(Settings):
         (low, high), value = f.metadata["range"], getattr(settings, f.name)
+        if low is None or value is None:  # no number, or not given
+            continue
         numbers = value if isinstance(value, list) else [value]
-        if None not in (low, value) and not all(low <= number <= high for number in numbers):
+        if not all(low <= number <= high for number in numbers):
             parser.error(f"--{f.name}: {value} is not from {low} to {high}")
     mode = MODES[settings.mode]
     if settings.mask_ratio and mode.ratio is None:
@@ -313,7 +322,8 @@ def main():
     if settings.device == "cuda":  # one seed, one result, as far as a GPU can
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # that was a third of a step's kernels
+        # Do not also fill every new tensor with NaN: that made a third of the kernels of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     corpus = make_corpus(settings)
     model = Transformer(settings, MODES[settings.mode].causal).to(settings.device)
     now = identity(settings, model)
