@@ -34,8 +34,8 @@ from statistics import mean, median, stdev
 
 import torch
 
-from data import (CANVAS, EXAMS, MARKS, WORDS, decode, encode, forward_question, make_corpus, question_row,
-                  stack)
+from data import (ARMS, CANVAS, EXAMS, MARKS, WORDS, WORLDS, decode, encode, forward_question, make_corpus,
+                  question_row, stack)
 from diffusion import MODES, logits_of_words
 from model import DEVICES, Transformer
 
@@ -291,8 +291,9 @@ def reopen(folder):
     if not path.exists():
         sys.exit(f"{path} is missing: name the folder of one run, which python train.py makes under out/")
     saved = load(path)
-    if "batch" not in saved["settings"] or saved["settings"]["mode"] not in MODES:
-        sys.exit(f"{path} is of an older version of this project, or of a mode that is gone: train again")
+    named = {saved["settings"].get(name) for name in ("mode", "world", "paraphrases", "known_paraphrases")}
+    if "batch" not in saved["settings"] or not named <= {*MODES, *WORLDS, *ARMS}:
+        sys.exit(f"{path} is of an older version, or its mode, world or arm is gone: train again")
     settings = argparse.Namespace(**saved["settings"])
     model = Transformer(settings, MODES[settings.mode].causal).to(DEVICES[-1])
     now = identity(settings, model)["code"]
@@ -309,7 +310,7 @@ def results_at(path):
     """[(name, result)] of all runs in a folder, however deep."""
     found = [(file.resolve().parent.name, load(file)) for file in sorted(path.rglob("result.json"))]
     if not found:
-        sys.exit(f"{path} holds no finished run: python train.py --mode masked makes one under out/")
+        sys.exit(f"{path} holds no finished run: python train.py makes one under out/, named after its flags")
     return found
 
 

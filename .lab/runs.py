@@ -1,6 +1,6 @@
 """
-All published runs: each line of ROWS with seeds 1, 2 and 3. What is finished is skipped, what was interrupted
-goes on. From the root of the repository:
+The runs to publish next: each line of ROWS and EDITS with seeds 1, 2 and 3. What is finished is skipped, what was
+interrupted goes on. From the root of the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 books      seed 2 alone, rows with "books"
@@ -12,7 +12,7 @@ goes on. From the root of the repository:
 A row is flags of train.py, with the modes, arms and worlds of controls.py. The rows of EDITS are flags for a
 copy of the five files, in out/NAME/, in which one place of one file is replaced.
 
-(.lab/runs.jsonl was made by the state d3e1f39, whose flags were others; see its runs.py.)
+(.lab/runs.jsonl of today was made by the state d3e1f39, by its runs.py, with other flags and some rows more.)
 """
 import json
 import re
@@ -89,7 +89,9 @@ def published():
 
 
 LESS = (("masked-none", "ar-none"), ("diffusion-none", "masked-none"), ("masked_hidden-none", "masked-none"),
-        ("random_prompt-none", "ar-none"), ("masked_doc_mark-none", "masked-none"))
+        ("random_prompt-none", "ar-none"), ("masked_doc_mark-none", "masked-none"),
+        ("masked-name_anywhere-texts20-known_paraphrasesname_anywhere",
+         "masked-change_order-texts20-known_paraphrasesname_anywhere"))
 
 
 def less():

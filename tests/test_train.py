@@ -148,7 +148,7 @@ def test_the_rates_reach_their_optimizers(monkeypatch):
     for folder, peaks, share in ((base(), (0.01, 0.02), 1 / 4), ("out/run", (0.03, 0.04), 1 / 6)):
         saved = torch.load(Path(folder, "ckpt.pt"), weights_only=True)
         groups = [group for state in saved["optimizers"] for group in state["param_groups"]]
-        assert [len(group["params"]) for group in groups] == [4, 1, 0] and len(saved["model"]) == 5
+        assert sum(len(group["params"]) for group in groups) == len(saved["model"])
         assert [group["lr"] / share for group in groups] == pytest.approx([*peaks, peaks[0]])
     tiny("--lr", "0", "--embed_lr", "0", name="still")
     assert same_weights("out/still", base())
@@ -180,7 +180,7 @@ def test_what_is_not_read_is_forgotten_by_as_much_however_long_a_run_is(steps, l
     how = settings(steps=steps, lr=lr, forget=1.5, embed_forget=0.5, n_layer=2)
     model = Transformer(how, True)
     start, optimizers = Transformer(how, True).state_dict(), train.make_optimizers(model, how)
-    assert [p.tolist() for p in optimizers[1].param_groups[-1]["params"]] == 2 * [16 * [1]]
+    assert 2 * [16 * [1]] == [p.tolist() for p in optimizers[1].param_groups[-1]["params"] if p.numel() == 16]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for step in range(steps):
@@ -189,7 +189,7 @@ def test_what_is_not_read_is_forgotten_by_as_much_however_long_a_run_is(steps, l
                 group["lr"] = group["peak"] * train.schedule(step, steps)
             optimizer.step()
     for name, p in model.named_parameters():
-        share = 1 if name.endswith("gain") else math.exp(-0.5 if name.startswith("embed") else -1.5)
+        share = 1 if p.dim() < 2 else math.exp(-1.5 if name.startswith("blocks") else -0.5)
         torch.testing.assert_close(p.detach(), share * start[name], rtol=0.03, atol=1e-6)
 
 
