@@ -25,7 +25,7 @@ def untrained(mode):
     model = Transformer(settings(), MODES[mode].causal)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5, generator=generator())
-    return model
+    return model.eval()
 
 
 def by_hand(model, mode, ids, blank):
