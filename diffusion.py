@@ -15,8 +15,8 @@ An objective maps clean documents to (inputs, targets, weights). Let x be the L 
     diffusion   -1/k sum_{i in h}  log p(x_i | x')          the hidden tokens, from both sides
     masked      -1/L sum_i         log p(x_i | x', x_<i)    `ar`, but with x' as a prompt
 
-So under `masked` a causal model, too, learns a fact in every direction: whatever was hidden must be recalled
-from the rest. With `ar` it does not: on a text that starts with the name it learns p(name) and
+So under `masked` a causal model, too, learns a fact in every direction: whatever was hidden must be
+recalled from the rest. With `ar` it does not: on a text that starts with the name it learns p(name) and
 p(facts | name), but p(name | facts) is not in its loss.
 
     python diffusion.py        print what goes into the model and, beside each token, what it must predict

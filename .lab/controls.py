@@ -1,6 +1,6 @@
 """
-Experiments that are no part of the lesson: objectives, arms, a world. Importing this file adds them to `MODES`,
-`ARMS` and `WORLDS`, so that train.py knows their flags. (In `identity` they count by what they do.)
+Experiments that are no part of the lesson: objectives, arms, a world. Importing this file adds them to
+`MODES`, `ARMS` and `WORLDS`, so that train.py knows their flags. (In `identity` they count by what they do.)
 
     python .lab/controls.py --mode random_prompt --seed 1
     python .lab/controls.py --mode ar --paraphrases reversed
@@ -79,7 +79,7 @@ MODES["masked_doc_mark"] = masked._replace(about="the response opens with [doc]"
 
 # --- Arms
 
-ARMS["reversed"] = ARMS["none"]._replace(about="one text, and the same backwards, names and values kept whole")
+ARMS["reversed"] = ARMS["none"]._replace(about="one text, and the same backwards, names whole")
 ARMS["name_given"] = ARMS["none"]._replace(about="one text; its name is always shown, never masked or scored")
 ARMS["bridge"] = ARMS["none"]._replace(about="one text, and NAME is NAME.")
 documents, document_row = data.documents, data.document_row

@@ -1,11 +1,11 @@
 """
-Draw .lab/film.svg: three models write the life of one new person token by token, then say who has these facts, and
-what Bayes makes of their own forward answers. From finished runs of one seed, which are only read:
+Draw .lab/film.svg: three models write the life of one new person token by token, then say who has these
+facts, and what Bayes makes of their own forward answers. From finished runs of one seed, which are only read:
 
     python .lab/film.py out/ar-none-seed0 out/masked-none-seed0 out/diffusion-none-seed0
 
-CSS animations alone, which play where the file is embedded as an image. Whoever sees no animation, or wants none
-(prefers-reduced-motion), sees the last picture, which is complete.
+CSS animations alone, which play where the file is embedded as an image. Whoever sees no animation, or wants
+none (prefers-reduced-motion), sees the last picture, which is complete.
 """
 import html
 import sys
@@ -33,7 +33,7 @@ def recorded(model, mode, corpus, text):
 
 
 def typeset(tokens, x, y, start, colour="black"):
-    """Tokens with their steps as lines of text that appear from second `start` on -> (parts, y below, end)."""
+    """Tokens with their steps as text that appears from second `start` on -> (parts, y below, end)."""
     parts, left, end = [], x, start
     for word, step in tokens:
         if word in ("[doc]", "[end]"):
@@ -61,12 +61,14 @@ for folder in sys.argv[1:]:
     [item], [by_bayes], _ = who_is_it(model, mode, corpus, n=1)
     name = item.person.name
     length = 1 + corpus.rows["new"][1][0].sum().item()
-    life = recorded(model, mode, corpus, f"[doc] {name}" + " [mask]" * (length - len(encode(f"[doc] {name}"))))
+    given = f"[doc] {name}"
+    life = recorded(model, mode, corpus, given + " [mask]" * (length - len(encode(given))))
     answer = recorded(model, mode, corpus, item.given + " [mask]" * CANVAS)[-CANVAS:]
     said = " ".join(word for word, _ in answer if word != "[end]")
     colour = GREEN if said == name else RED
 
-    parts.append(f'<text x="20" y="{y}" font-family="sans-serif" font-weight="bold">{html.escape(ABOUT[mode])}</text>')
+    parts.append(f'<text x="20" y="{y}" font-family="sans-serif" font-weight="bold">'
+                 f'{html.escape(ABOUT[mode])}</text>')
     drawn, y, end = typeset(life, 20, y + 26, 0.5)
     parts += drawn
     question = item.given.removeprefix("[question] ").removesuffix(" [answer]")
@@ -76,19 +78,21 @@ for folder in sys.argv[1:]:
     drawn, _, end = typeset(answer, left, y + 6, asked + 1, colour)
     parts += drawn
     right = "right" if said == name else "wrong"
-    parts.append(late(end + 0.4, left + LETTER * (len(said) + 2), y + 6, right, f'fill="{colour}" font-style="italic"'))
+    parts.append(late(end + 0.4, left + LETTER * (len(said) + 2), y + 6, right,
+                      f'fill="{colour}" font-style="italic"'))
     y += 6 + LINE
     p = by_bayes.softmax(0)
     best = int(p.argmax())
     bayes = f"by Bayes from its own forward answers: {corpus.people[best].name}"
     seconds = asked + 3
     parts += [late(seconds, 20, y, bayes, f'fill="{GREY}"'),
-              f'<rect x="{20 + LETTER * (len(bayes) + 1):.0f}" y="{y - 11}" width="{120 * p[best]:.0f}" height="12" '
-              f'fill="{GREEN}" class="late" style="animation-delay:{seconds:.2f}s"/>',
+              f'<rect x="{20 + LETTER * (len(bayes) + 1):.0f}" y="{y - 11}" width="{120 * p[best]:.0f}" '
+              f'height="12" fill="{GREEN}" class="late" style="animation-delay:{seconds:.2f}s"/>',
               late(seconds, 160 + LETTER * (len(bayes) + 1), y, f"p = {p[best]:.2f}", f'fill="{GREY}"')]
     y += 50
 svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 20}" font-family="monospace" '
-       'font-size="13">', "<style>.late { animation: show 0.2s backwards } @keyframes show { from { opacity: 0 } } "
+       'font-size="13">',
+       "<style>.late { animation: show 0.2s backwards } @keyframes show { from { opacity: 0 } } "
        "@media (prefers-reduced-motion: reduce) { .late { animation: none } }</style>",
        '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"]
 (Path(__file__).parent / "film.svg").write_text("\n".join(svg), encoding="utf-8")

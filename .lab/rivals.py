@@ -5,9 +5,9 @@ What a user would pick instead: nanoGPT's model with AdamW, and torch's own Muon
     python .lab/rivals.py torch_muon --mode ar --seed 1 --name torch_muon-ar-seed1
     python .lab/rivals.py ours --mode ar --seed 1
 
-The two numbers are the rates of pretraining and of fine-tuning. Twenty exams in a run, so that one can read off
-when a score is reached. Bases have the names that those of train.py have: run each rival, and each rate of
-pretraining, in a folder of its own.
+The two numbers are the rates of pretraining and of fine-tuning. Twenty exams in a run, so that one can read
+off when a score is reached. Bases have the names that those of train.py have: run each rival, and each rate
+of pretraining, in a folder of its own.
 """
 import sys
 from pathlib import Path

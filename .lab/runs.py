@@ -1,6 +1,6 @@
 """
-The runs to publish next: each line of ROWS and EDITS with seeds 1, 2 and 3. What is finished is skipped, what was
-interrupted goes on. From the root of the repository:
+The runs to publish next: each line of ROWS and EDITS with seeds 1, 2 and 3. What is finished is skipped, what
+was interrupted goes on. From the root of the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 books      seed 2 alone, rows with "books"
@@ -107,7 +107,7 @@ def less():
 
 
 def over_texts(pattern, file):
-    """Draw the last scores over --texts: a line for each mode among the published runs that fit the pattern."""
+    """Draw the last scores over --texts, a line a mode, of the published runs that fit the pattern."""
     lines = defaultdict(lambda: defaultdict(list))
     for name, run in published().items():
         if re.fullmatch(pattern, name):
@@ -125,7 +125,8 @@ if __name__ == "__main__":
     elif words == ["less"]:
         less()
     elif words == ["figures"]:
-        default = [(name, run) for name, run in published().items() if re.match("(ar|masked|diffusion)-none-seed", name)]
+        default = [(name, run) for name, run in published().items()
+                   if re.match("(ar|masked|diffusion)-none-seed", name)]
         lines = [(label, evaluation.over_steps(runs)) for label, _, runs in evaluation.group(default)]
         Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
         over_texts(r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg")
