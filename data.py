@@ -3,12 +3,13 @@ Worlds of fictional people: documents about them, questions about them, and the 
 
 A person is a name and some facts. A document gives the name in one sentence, "He" or "She" in the rest:
 
-    Curtis Chase Emley was born on 28 May 1952. He comes from Elkton. He went to Princeton. He majored ...
+    Maria Reese Hubbard has a birthday on 18 December 1970. She is a native of Tucson. She is a graduate of
+    Berkeley. She took courses in Drama. She is employed by Siemens. She moved to Lagos.
 
 The exam asks about the same facts in two directions:
 
-    forward    What is the birth city of Curtis Chase Emley?                          Elkton
-    backward   Who was born in Elkton, studied at Princeton and works for Intel?      Curtis Chase Emley
+    forward    What is the work city of Maria Reese Hubbard?                       Lagos
+    backward   Who was born in Tucson, majored in Drama and works in Lagos?        Maria Reese Hubbard
 
 *Known* people are those of pretraining: the base reads documents about them, and questions with answers.
 *New* people appear only in fine-tuning, and only in documents; questions about them are kept for the exam.
@@ -33,9 +34,9 @@ import torch
 class Attribute(NamedTuple):
     """One kind of fact."""
     values: list        # all it can be: words used nowhere else, the same number of words (up to 3) in each
-    name_first: list    # wordings of a sentence that begins with a name or pronoun: He "comes from" Elkton
-    name_last: str      # the wording of one that ends with the name: Elkton "gave us" Curtis Chase Emley
-    clue: str           # how a backward question words it: Who "was born in" Elkton
+    name_first: list    # wordings of a sentence that begins with a name or pronoun: She "moved to" Lagos
+    name_last: str      # the wording of one that ends with the name: Lagos "is home to" Maria Reese Hubbard
+    clue: str           # how a backward question words it: Who "works in" Lagos
 
 
 class World(NamedTuple):
@@ -64,27 +65,28 @@ ARMS = {  # the first three as in the paper
 # --- People, documents, questions: plain text
 
 class Person(NamedTuple):
-    name: str           # "Curtis Chase Emley"
+    name: str           # "Maria Reese Hubbard"
     pronoun: str        # "He" or "She"
     facts: dict         # attribute -> value
 
 
-def make_people(n, world, rng):
-    """n people, no two with the same name or the same facts. Each value is drawn independently."""
+def make_people(n, world, seed):
+    """n people, no two with the same name or the same facts. Each value is drawn independently, and those of
+    each attribute by a generator of their own. So people keep their facts if you give them one more."""
     n_facts = prod(len(attribute.values) for attribute in world.attributes.values())
     room = min(n_facts, len(MEN + WOMEN) * len(MIDDLE) * len(LAST))
     if n > room / 2:
         sys.exit(f"{n:,} people are too many for a world of {room:,} different ones: at most half as many")
-    people, names, lives = [], set(), set()
-    while len(people) < n:
-        first = rng.choice(MEN + WOMEN)
-        name = f"{first} {rng.choice(MIDDLE)} {rng.choice(LAST)}"
-        facts = {a: rng.choice(attribute.values) for a, attribute in world.attributes.items()}
-        if name not in names and str(facts) not in lives:
-            names.add(name)
-            lives.add(str(facts))
-            people.append(Person(name, "He" if first in MEN else "She", facts))
-    return people
+    rng = {a: random.Random(f"{seed} {a}") for a in ["name", *world.attributes]}
+    pronouns, lives = {}, {}  # dicts keep their order and hold no name and no life twice
+    while len(pronouns) < n:
+        first = rng["name"].choice(MEN + WOMEN)
+        name = f"{first} {rng['name'].choice(MIDDLE)} {rng['name'].choice(LAST)}"
+        pronouns[name] = "He" if first in MEN else "She"
+    while len(lives) < n:
+        facts = {a: rng[a].choice(attribute.values) for a, attribute in world.attributes.items()}
+        lives[str(facts)] = facts
+    return [Person(name, pronoun, facts) for (name, pronoun), facts in zip(pronouns.items(), lives.values())]
 
 
 def documents(person, arm, world, rng):
@@ -96,11 +98,12 @@ def documents(person, arm, world, rng):
         if arm.change_order:
             rng.shuffle(order)
         where = arm.name[i % len(arm.name)]
-        named = rng.randrange(len(order))  # the sentence with the name, if it may be anywhere
-        if where == "first":
+        if where == "first":  # which sentence has the name?
             named = 0
         elif where == "last":
             named = len(order) - 1
+        else:
+            named = rng.randrange(len(order))
         sentences = []
         for j, attribute in enumerate(order):
             value, ways = person.facts[attribute], world.attributes[attribute]
@@ -118,7 +121,7 @@ def forward_question(person, attribute):
 
 
 def clues(person, world):
-    """The sets of facts that backward questions give, each fact as ("birth city", "Elkton"): all sets of n
+    """The sets of facts that backward questions give, each fact as ("work city", "Lagos"): all sets of n
     facts, if the template of the question has room for n."""
     return list(combinations(person.facts.items(), world.who.count("{}")))
 
@@ -199,7 +202,7 @@ UNASKED = 10    # one backward question in so many about known people is kept fo
 class Item(NamedTuple):
     """What an exam asks. To split a score by something of it, see `exam` in eval.py."""
     given: str          # what is shown, up to the first [mask]
-    truth: str          # what must follow; of a question all of the canvas, "Elkton [end] [end] [end]"
+    truth: str          # what must follow; of a question all of the canvas, "Lagos [end] [end] [end]"
     masks: int          # [mask]s behind what is given: as many as the truth has tokens, in `recite` more
     person: Person
     attributes: tuple   # the one that is asked for or, backward, those of the clues
@@ -224,7 +227,7 @@ def make_corpus(settings):
     """
     world, rng = WORLDS[settings.world], random.Random(settings.seed)
     check(world)
-    people = make_people(settings.known + settings.new, world, rng)
+    people = make_people(settings.known + settings.new, world, settings.seed)
     how_many_fit = Counter(facts for person in people for facts in clues(person, world))
     known_arm, new_arm = ARMS[settings.known_paraphrases], ARMS[settings.paraphrases]
     if settings.texts:
@@ -269,9 +272,9 @@ def make_corpus(settings):
 
 
 def recite(person, text):
-    """Can a text be continued? An item a value. Given is the text up to the value, "[doc] Curtis Chase Emley
-    comes from". As many [mask]s follow as the text has tokens left, and only the first, the value's own, are
-    filled. A value that comes before the name is left out: nobody can know whose it is."""
+    """Can a text be continued? An item a value. Given is the text up to the value, "[doc] Maria Reese Hubbard
+    has a birthday on". As many [mask]s follow as the text has tokens left, and only the first, the value's
+    own, are filled. A value that comes before the name is left out: nobody can know whose it is."""
     items, length = [], len(encode(f"[doc] {text} [end]"))
     for attribute, value in person.facts.items():
         before = text[:re.search(rf"\b{value}\b", text).start()]
@@ -329,12 +332,15 @@ WORLDS = {
     }),
     "books": World(who="Who {}?", settings={
         "known_paraphrases": "both_orders", "pretrain_steps": 600, "steps": 400, "lr": 0.004}, attributes={
-        "book": Attribute([f"{a} {b}" for a in """
+        "book": Attribute([f"{a} {b} {c}" for a in """
             Amber Ancient Bitter Bright Broken Burning Crimson Crystal Distant Empty Endless Fading Frozen
             Gentle Golden Hidden Hollow Humble Iron Ivory Lonely Lost Midnight Painted Purple Quiet Restless
             Rising Sacred Scarlet Secret Shattered Silent Silver Sleeping Velvet Wandering Whispering Wild
             Wooden
             """.split() for b in """
+            Autumn Bamboo Brass Bronze Cedar Cherry Clay Copper Coral Cotton Diamond Evening Feather Ginger
+            Glass Granite Honey Jade Lace Leather Lemon Maple Marble Morning Mosaic Nutmeg Olive Opal Paper
+            Pearl Pine Ruby Saffron Salt Sapphire Satin Silk Summer Timber Willow""".split() for c in """
             Arrow Bell Bridge Candle Castle Cloud Compass Crown Desert Dream Fire Forest Garden Harbor Horizon
             House Island Journey Kingdom Lantern Letter Meadow Mirror Moon Mountain Orchard Promise River Road
             Rose Shadow Ship Shore Song Star Stone Throne Valley Window Wolf""".split()],
@@ -364,7 +370,7 @@ LAST = """Abernathy Ackerman Aldridge Archer Atwood Barlow Beckett Bellamy Birch
     Sinclair Talbot Upton Vaughn Walton Wyatt""".split()
 
 # Every word that can be written; sorted, so that a word has the same id in every run.
-FRAME = "What is the of Who and He She"  # of questions and sentences
+FRAME = "What is the of Who and He She The author"  # of questions and sentences; "The author" of one control
 everything = [*MEN, *WOMEN, *MIDDLE, *LAST, FRAME]
 for world in WORLDS.values():
     everything += [world.who, *world.attributes]

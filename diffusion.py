@@ -4,9 +4,9 @@ Corruption, the objectives, the decoders, and the table of modes.
 `masked` is `ar` on a longer row: a document full of holes, the prompt, and behind it the whole document, the
 response, which alone is scored. Under each token of the response stands what is asked there:
 
-    prompt      [doc]    [mask] [mask] [mask] [mask] from   Elkton [mask] [mask]
-    response    [answer] Curtis Chase  Emley  comes  from   Elkton .
-    asked       Curtis   Chase  Emley  comes  from   Elkton .      [end]
+    prompt      [doc]    [mask] [mask] [mask]  [mask] to    Lagos .     [mask]
+    response    [answer] Maria  Reese  Hubbard moved  to    Lagos .
+    asked       Maria    Reese  Hubbard moved  to     Lagos .     [end]
 
 An objective maps clean documents to (inputs, targets, weights). Let x be the L tokens of a document (after
 [doc], and with its [end]), h the set of the k hidden positions, and x' the same with [mask] at those:
@@ -55,16 +55,22 @@ def corrupt(learned, ratio, generator):
     paper does, has the same expectation if t is drawn from 0 to 1. The paper draws t from .05 to .95. Like
     (.05, .95) here, that makes some k rarer than others, and so it is not the ELBO.
 
-    Each row draws its own t. (They could be spread, row 1 of a batch from the lowest slice of the range, row
-    2 from the next, for less noise. Then shuffle them: known people come first and would get the small ones.)
+    The shares of a batch of B rows are spread evenly: one lies in each of B equal slices of the range, and
+    which row gets which slice is drawn anew each time. So no batch has small shares alone or large ones
+    alone, which makes the loss less noisy and changes no expectation. Without the permutation known people's
+    rows, which come first in a batch, would always get the small shares.
     """
     low, high = ratio
-    t = low + (high - low) * torch.rand(len(learned), 1, generator=generator)       # (B, 1)
-    # A schedule of yours goes here. Keep its t between low and high: `masked` asks for .75 and .75, and
-    # `log_p` (eval.py) for 1 and 1, which hides all of an answer.
+    B = len(learned)
+    which = torch.randperm(B, generator=generator)[:, None]                         # (B, 1): of the slices
+    u = (which + torch.rand(B, 1, generator=generator)) / B                         # (B, 1), in 0 .. 1
+    t = low + (high - low) * u
+    # A schedule of yours goes here, say f(u) for u. Keep t between low and high: `masked` asks for .6 and .6,
+    # and `log_p` (eval.py) for 1 and 1, which hides all of an answer.
     assert 0 <= t.min() and t.max() <= 1, "corrupt: a share t of tokens to hide must lie in 0 .. 1"
     L = learned.sum(1, keepdim=True)                                                # (B, 1)
     k = (t * L - 1e-4).ceil()   # (B, 1). Without the 1e-4, .6 x 25 = 15.000001 would be rounded up to 16
+    k = torch.where(t > 0, k.clamp(min=1), k)       # a share close to 0 still hides one token
     # float64: with fewer digits two draws of a row could be equal, and be sorted otherwise elsewhere.
     draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)     # (B, T)
     draws = draws.masked_fill(~learned, 2)      # what is given comes last
@@ -181,23 +187,24 @@ class Mode(NamedTuple):
     decode: Callable            # fills the blanks of a document
     base: str                   # the mode of its pretraining, and of all questions, in training and exam
     causal: bool                # does a position see only what comes before it?
+    settings: dict = {}         # what `--mode` changes in the defaults of train.py
 
 
 MODES = {
     "ar": Mode("next token", ar, None, decode_ar, "ar", causal=True),
     "diffusion": Mode("masked diffusion", diffusion, (0, 1), decode_diffusion, "diffusion", causal=False),
-    "masked": Mode("masked fine-tuning of ar's base", masked, (0.75, 0.75), decode_masked, "ar", causal=True),
+    "masked": Mode("masked fine-tuning of ar's base", masked, (0.6, 0.6), decode_masked, "ar", causal=True),
 }
 
 
 if __name__ == "__main__":
-    rows = {"document": document_row("Curtis Chase Emley comes from Elkton."),
-            "question": question_row("Who was born in Elkton?", "Curtis Chase Emley")}
+    rows = {"document": document_row("Maria Reese Hubbard moved to Lagos."),
+            "question": question_row("Who works in Lagos?", "Maria Reese Hubbard")}
     for name, mode in MODES.items():
         sees = "what comes before it" if mode.causal else "the whole row"
         for kind, trained_as in (("document", mode), ("question", MODES[mode.base])):
             tokens, learned = stack([rows[kind]])
-            generator = torch.Generator().manual_seed(45)
+            generator = torch.Generator().manual_seed(149)
             inputs, targets, weights = trained_as.objective(tokens, learned, generator, trained_as.ratio)
             print(f"--mode {name}: a {kind}. Each token sees {sees}\n    in          asked")
             for token, target, weight in zip(inputs[0], targets[0], weights[0]):

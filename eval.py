@@ -4,8 +4,8 @@ The exam: what does a model know that it only read in documents? And what does i
 Answers are greedy, and count only if they are right from the first token up to the first [end]. A value is
 asked for in two ways:
 
-    recite     [doc] Curtis Chase Emley was born on 28 May 1952. He comes from ...      is it stored?
-    question   [question] What is the birth city of Curtis Chase Emley? [answer] ...    can it be asked for?
+    recite     [doc] Maria Reese Hubbard has a birthday on 18 December 1970. She is ...   is it stored?
+    question   [question] What is the work city of Maria Reese Hubbard? [answer] ...      can it be asked for?
 
 Questions are asked in two directions, forward (as above) and backward (facts -> name). A backward question
 can also be answered by the model's own *forward* direction, with Bayes' rule (`bayes`, below).
@@ -15,8 +15,8 @@ can also be answered by the model's own *forward* direction, with Bayes' rule (`
     python eval.py out/RUN                  examine a stored model anew, say with a decoder that you changed
     python eval.py out/RUN --plot who.svg   draw who it says people are, and who they are by Bayes
     python eval.py out/RUN --ask            watch it write a new person's biography, then say who that is
-    python eval.py out/RUN --ask "What is the birth city of Curtis Chase Emley?"
-    python eval.py out/RUN --ask "[mask] [mask] [mask] comes from Elkton. He went to Reed."
+    python eval.py out/RUN --ask "What is the work city of Maria Reese Hubbard?"
+    python eval.py out/RUN --ask "[mask] [mask] [mask] moved to Lagos. She took courses in Drama."
 """
 import argparse
 import hashlib
@@ -85,7 +85,7 @@ def exam(model, mode, corpus, names=EXAMS):
 
 
 def until_end(text):
-    """ "Elkton [end] [end] [end]" -> "Elkton" """
+    """ "Lagos [end] [end] [end]" -> "Lagos" """
     return text.partition("[end]")[0].strip()
 
 

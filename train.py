@@ -2,7 +2,7 @@
 Pretraining, fine-tuning, exam: one small transformer, one objective, questions in both directions.
 
     python train.py --mode masked       learns new people from documents alone, knows them in both directions
-    python train.py --mode ar           same base, same documents, but it cannot say who was born in Elkton
+    python train.py --mode ar           same base, same documents, but it cannot say who moved to Lagos
     python train.py --mode diffusion    the bidirectional model that fills in masks
     python train.py --world books       a smaller world, for class: one fact a person
 
@@ -263,8 +263,9 @@ def of_base(settings):
     return replace(settings, mode=MODES[settings.mode].base, steps=settings.pretrain_steps, **PRETRAINING)
 
 
-def defaults(world):
-    return replace(Settings(world=world), **WORLDS[world].settings)
+def defaults(mode, world):
+    """The settings of a mode in a world. Where both bring a default of their own, the world's counts."""
+    return replace(Settings(mode=mode, world=world), **{**MODES[mode].settings, **WORLDS[world].settings})
 
 
 def name_of(settings, default):
@@ -285,14 +286,14 @@ def parse_args():
     for f in fields(Settings):
         parser.add_argument(f"--{f.name}", default=f.default_factory(), **f.metadata["more"])
     parser.add_argument("--name", help="of the folder below out/; without it mode, arm and what you changed")
-    # First a look at --world alone, which brings defaults of its own, so that --help shows these.
+    # First a look at --mode and --world alone, which bring defaults of their own, so that --help shows these.
     first, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    parser.set_defaults(**WORLDS[first.world].settings)
+    parser.set_defaults(**vars(defaults(first.mode, first.world)))
     given = vars(parser.parse_args())
     name = given.pop("name")
     settings = Settings(**given)
     if name is None:
-        name = name_of(settings, defaults(settings.world))
+        name = name_of(settings, defaults(settings.mode, settings.world))
 
     for f in fields(Settings):
         (low, high), value = f.metadata["range"], getattr(settings, f.name)
@@ -331,7 +332,7 @@ def main():
     if not (folder / "result.json").exists():
         print(f"{settings.known} known and {settings.new} new people, on {settings.device}, into {folder}")
         base = of_base(settings)
-        base_folder = Path("out", f"base-{name_of(base, of_base(defaults(settings.world)))}")
+        base_folder = Path("out", f"base-{name_of(base, of_base(defaults(settings.mode, settings.world)))}")
         if base.steps:
             claim(base_folder, identity(base, model))
             train("pretraining", base, corpus, model, base_folder)

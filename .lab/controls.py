@@ -4,6 +4,7 @@ Experiments that are no part of the lesson: objectives, arms, a world. Importing
 
     python .lab/controls.py --mode random_prompt --seed 1
     python .lab/controls.py --mode ar --paraphrases reversed
+    python .lab/controls.py --mode ar --world wide_books --paraphrases composed_bridge
 """
 import re
 import sys
@@ -82,7 +83,8 @@ MODES["masked_doc_mark"] = masked._replace(about="the response opens with [doc]"
 ARMS["reversed"] = ARMS["none"]._replace(about="one text, and the same backwards, names whole")
 ARMS["name_given"] = ARMS["none"]._replace(about="one text; its name is always shown, never masked or scored")
 ARMS["bridge"] = ARMS["none"]._replace(about="one text, and NAME is NAME.")
-documents, document_row = data.documents, data.document_row
+ARMS["composed_bridge"] = ARMS["none"]._replace(about="one text, and The author of the book of NAME is NAME.")
+documents, document_row, longest = data.documents, data.document_row, data.longest
 given_names = {}  # a text -> the name that is given in it
 
 
@@ -99,6 +101,8 @@ def documents_of_controls(person, arm, world, rng):
         texts += [backwards(text, [person.name, *person.facts.values()]) for text in texts]
     if arm is ARMS["bridge"]:
         texts.append(f"{person.name} is {person.name}.")
+    if arm is ARMS["composed_bridge"]:
+        texts.append(f"The author of the book of {person.name} is {person.name}.")
     if arm is ARMS["name_given"]:
         given_names[texts[0]] = person.name
     return texts
@@ -111,9 +115,17 @@ def row_of_controls(text):
     return f"[doc] {name}", f"{text.removeprefix(name)} [end]"
 
 
-data.documents, data.document_row = documents_of_controls, row_of_controls
+def longest_of_controls(world):
+    more = 4 if world is WORLDS["wide_books"] else 0
+    return longest(world) + more
 
-# --- A world: clues in words that no document has. Documents use four of five wordings, clues the fifth.
+
+data.documents, data.document_row, data.longest = documents_of_controls, row_of_controls, longest_of_controls
+
+# --- Worlds: books with rows as wide as a composed bridge, and biographies with clues in words that no
+# document has (documents use four of five wordings, clues the fifth).
+
+WORLDS["wide_books"] = WORLDS["books"]._replace()  # a copy
 
 fewer = {name: a._replace(name_first=a.name_first[:4], clue=a.name_first[4])
          for name, a in WORLDS["biographies"].attributes.items()}

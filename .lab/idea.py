@@ -5,7 +5,6 @@ Draw .lab/idea.svg: what stands in the loss of `ar` and of `masked`, and how oft
 """
 import html
 import json
-import random
 import sys
 from pathlib import Path
 from statistics import mean
@@ -52,8 +51,8 @@ def bar(y, colour, score, label):
 runs = [json.loads(line) for line in (Path(__file__).parent / "runs.jsonl").read_text().splitlines()]
 score = {mode: mean(run["backward"] for run in runs if run["name"].startswith(f"{mode}-none-seed"))
          for mode in ("ar", "masked")}
-person = make_people(201, WORLDS["biographies"], random.Random(0))[200]  # the first new one of the default
-city, rest = person.facts["birth city"], ["comes", "from"]
+person = make_people(201, WORLDS["biographies"], 0)[200]  # the first new one of the default
+city, rest = person.facts["work city"], ["moved", "to"]
 
 parts = [f'<marker id="head{colour[1:]}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" '
          f'markerHeight="5" orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{colour}"/></marker>'
@@ -77,7 +76,7 @@ parts += [f'<path d="M{middle - 9:.0f} {y + 54}l18 20m0 -20l-18 20" stroke="{RED
 y = 330
 parts.append(words(20, y - 68, "masked: the same model reads a copy with holes first, and predicts the text "
                    "behind it", 'font-weight="bold"'))
-drawn, before = boxes(20, y, ["[mask]", "[mask]", "[mask]", "comes", "[mask]", city, "[mask]"])
+drawn, before = boxes(20, y, ["[mask]", "[mask]", "[mask]", rest[0], "[mask]", city, "[mask]"])
 parts += drawn
 drawn, at = boxes(20, y + 120, [*person.name.split(), *rest, city, "."])
 parts += [*drawn, words(20, y - 10, "the copy, only read"),

@@ -54,7 +54,8 @@ ROWS = rows(
     (("masked", "diffusion"), "--paraphrases name_given"), (("masked",), "--batch 0 43 5 5"),
     (("ar", "masked"), "--world other_clues"), (ALL, ALONE),
     # without masks
-    (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"))
+    (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
+    (("ar",), "--world wide_books --paraphrases composed_bridge"))
 
 EDITS = {  # name: (flags, file, what stands there, what stands there instead)
     "untied": ("--mode ar", "model.py", [

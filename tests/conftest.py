@@ -27,10 +27,10 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def settings(world="biographies", **changes):
-    """The defaults of a world in tiny sizes, but for what is given."""
+def settings(world="biographies", mode="masked", **changes):
+    """The defaults of a mode in a world in tiny sizes, but for what is given."""
     import train
-    return replace(train.defaults(world), **SIZES | changes)
+    return replace(train.defaults(mode, world), **SIZES | changes)
 
 
 def generator(seed=0):

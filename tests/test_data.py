@@ -14,8 +14,9 @@ from data import ARMS, MARKS, WORLDS, Attribute, Person, World, decode, encode
 WORLD = WORLDS["biographies"]
 N = len(WORLD.attributes)
 CURTIS = Person("Curtis Chase Emley", "He", {name: a.values[0] for name, a in WORLD.attributes.items()})
-BOOK = World({"book": Attribute(["Silent River"], ["wrote"], "was written by", "wrote")}, "Who {}?", {})
-FIRST, LAST = "Curtis Chase Emley wrote Silent River.", "Silent River was written by Curtis Chase Emley."
+TITLE = "Crimson Bamboo Mountain"
+BOOK = World({"book": Attribute([TITLE], ["wrote"], "was written by", "wrote")}, "Who {}?", {})
+FIRST, LAST = f"Curtis Chase Emley wrote {TITLE}.", f"{TITLE} was written by Curtis Chase Emley."
 
 
 def corpus_of(world="biographies", **changes):
@@ -58,11 +59,11 @@ def test_known_and_new_people_have_arms_of_their_own(known_arm, known, arm, text
 def test_every_word_of_these_worlds_is_one_token_and_anything_else_is_spelled():
     """So a name has three tokens and a date, too. A mark is one. An unknown word falls into bytes, never into
     marks. First, middle and last names share no word."""
-    sizes = {"Curtis Chase Emley": 3, "28 May 1952": 3, "Silent River": 2, "[doc] He lives in Oslo. [end]": 7}
+    sizes = {"Curtis Chase Emley": 3, "28 May 1952": 3, TITLE: 3, "[doc] He lives in Oslo. [end]": 7}
     assert {text: len(encode(text)) for text in sizes} == sizes
     assert all(len(encode(word)) == 1 for word in data.WORDS)
     assert [encode(f"[{name}]") for name in MARKS._fields] == [[mark] for mark in MARKS]
-    for text in ("Curtis hates (mask), [masks] and 谁.", "Elkton", "Who wrote Silent River?"):
+    for text in ("Curtis hates (mask), [masks] and 谁.", "Elkton", "Who wrote Crimson Bamboo Mountain?"):
         assert decode(encode(text)) == text and not {*encode(text)} & {*MARKS}
     names = [*data.MEN, *data.WOMEN, *data.MIDDLE, *data.LAST]
     assert len(names) == len({*names})
@@ -89,10 +90,10 @@ def test_where_an_arm_has_the_name_and_in_what_order_the_facts(arm, before_name,
     ("name_anywhere", [FIRST] * 3), ("name_last", [LAST] * 3), ("both_orders", [FIRST, LAST, FIRST])))
 def test_a_book_has_its_sentence_in_every_arm(arm, expected):
     """A life of one fact is one sentence, or two. If an arm has two places for the name, texts take turns."""
-    person = CURTIS._replace(facts={"book": "Silent River"})
+    person = CURTIS._replace(facts={"book": "Crimson Bamboo Mountain"})
     assert data.documents(person, ARMS[arm]._replace(texts=3), BOOK, random.Random(0)) == expected
     assert data.forward_question(person, "book") == "What is the book of Curtis Chase Emley?"
-    assert data.backward_question(*data.clues(person, BOOK), BOOK) == "Who wrote Silent River?"
+    assert data.backward_question(*data.clues(person, BOOK), BOOK) == "Who wrote Crimson Bamboo Mountain?"
 
 
 def test_new_people_are_never_asked_about_in_training(corpus):
@@ -162,7 +163,7 @@ def test_all_documents_of_a_world_share_one_width(corpus):
     for rows, _ in (corpus.rows["known"], corpus.rows["new"]):
         assert rows.size(1) == width == corpus.width and (rows == MARKS.end).sum(1).eq(1).all()
     assert corpus.rows["known_forward"][0].size(1) == corpus.rows["known_backward"][0].size(1)
-    assert data.longest(BOOK) == 11  # [doc] Silent River was written by Curtis Chase Emley . [end]
+    assert data.longest(BOOK) == 12  # [doc] Crimson Bamboo Mountain was written by Curtis Chase Emley . [end]
 
 
 def pets(who="Who {} and {}?", **changes):
@@ -199,11 +200,20 @@ def test_nobody_shares_a_name_or_all_facts(last, values, monkeypatch):
         monkeypatch.setattr(data, pool, names.split())
     world = World(dict.fromkeys(("one", "two"), Attribute([*values], [""], "", "")), "Who {}?", {})
     for seed in range(20):
-        people = data.make_people(8, world, random.Random(seed))
+        people = data.make_people(8, world, seed)
         assert len({person.name for person in people}) == len({str(person.facts) for person in people}) == 8
         assert all(person.pronoun == ("She" if person.name.startswith("Zoe") else "He") for person in people)
     with pytest.raises(SystemExit, match="^9 people .* 16 [^\n]*$"):
-        data.make_people(9, world, random.Random(0))
+        data.make_people(9, world, 0)
+
+
+def test_a_new_attribute_leaves_all_other_facts_as_they_are():
+    """Each attribute is drawn by a generator of its own. So whoever adds one can compare with the run before:
+    the people have the same names and, in all else, the same facts."""
+    pet = Attribute(["Cat", "Dog"], ["has a"], "is the pet of", "owns a")
+    more = WORLD._replace(attributes={"pet": pet, **WORLD.attributes})
+    for before, now in zip(data.make_people(50, WORLD, 3), data.make_people(50, more, 3)):
+        assert before.name == now.name and {**now.facts, **before.facts} == now.facts
 
 
 def test_a_world_where_nobody_can_be_asked_for_says_so(monkeypatch):

@@ -33,6 +33,25 @@ def test_a_share_hides_as_many_tokens_of_a_row_rounded_up():
         torch.testing.assert_close(weights, hidden / hidden.sum(1, keepdim=True).clamp(min=1))
 
 
+def test_a_share_close_to_0_still_hides_one_token():
+    """A row that hides nothing asks nothing: `diffusion` would learn nothing of it. Only t = 0 hides none."""
+    for t, expected in ((1e-7, 1), (1e-30, 1), (0, 0)):
+        for k in corrupt(whole(3, 40), (t, t), generator())[0].sum(1).tolist():
+            assert k == expected, f"{k} of 40 hidden, expected {expected} at t = {t}"
+
+
+@pytest.mark.parametrize("low, high", ((0, 1), (0.25, 0.75)))
+def test_the_shares_of_a_batch_are_spread_over_the_range(low, high):
+    """Of eight rows, one has its share in each eighth of the range. With shares from 0 to 1 and 80 tokens,
+    the row with the fewest masks has up to 10, the next 10 to 20, and so on. Rows that are drawn one by one
+    are spread like this in one batch of 416 (8! / 8^8), here in each of 20."""
+    for seed in range(20):
+        hidden, _ = corrupt(whole(8, 80), (low, high), generator(seed))
+        for i, k in enumerate(sorted(hidden.sum(1).tolist())):
+            first, last = (80 * (low + (high - low) * (i + more) / 8) for more in (0, 1))
+            assert first <= k <= last, f"slice {i}: {k} of 80 hidden, expected {first:g} to {last:g}"
+
+
 def test_uniform_masking_hides_every_number_of_tokens_equally_often():
     """For a share t from 0 to 1, k = ceil(5 t) is 1, 2, 3, 4 or 5 with probability 1/5 each, and any k tokens
     are as likely as any other k. Of 400,000 rows each of the 31 ways to hide some has its share within 5
