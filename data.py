@@ -16,11 +16,12 @@ The exam asks about the same facts in two directions:
 How the documents are written, with one text a person or five, with the name first or last, is an *arm* of the
 experiment. In a run one seed decides everything. "The paper" is arXiv 2510.09885.
 
-    python data.py            print somebody of each world: documents in every arm, and questions
+    python data.py            print some people of each world: documents, questions, and all arms
 """
 import random
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
 from itertools import combinations
 from math import prod
@@ -59,7 +60,8 @@ ARMS = {  # the first three as in the paper
     "change_order": Arm("five texts, facts in changing order, name first", texts=5, change_order=True),
     "name_anywhere": Arm("as change_order, name in any sentence", 5, change_order=True, name=("anywhere",)),
     "name_last": Arm("one text that ends with the name", change_order=True, name=("last",)),
-    "both_orders": Arm("two texts: name first, name last", 2, change_order=True, name=("first", "last")),
+    "both_orders": Arm("six texts: name first, name last in turn", 6, change_order=True,
+                      name=("first", "last")),
 }
 
 # --- People, documents, questions: plain text
@@ -410,13 +412,23 @@ def check(world):
 
 
 if __name__ == "__main__":
-    for world_name, world in WORLDS.items():
+    for name, world in WORLDS.items():
         check(world)
-        rng = random.Random()
-        [person] = make_people(1, world, rng)
+        # The people of seed 0: with the defaults of train.py the first 200 are known, the next 100 new.
+        known_arm = world.settings.get("known_paraphrases", "change_order")
+        corpus = make_corpus(Namespace(world=name, known=200, new=100, seed=0, texts=0, paraphrases="none",
+                                       known_paraphrases=known_arm))
+        told = set()
         for arm_name, arm in ARMS.items():
-            texts = documents(person, arm, world, rng)
-            print(f"--world {world_name} --paraphrases {arm_name}", *texts, sep="\n    ", end="\n\n")
-        for attribute, value in person.facts.items():
-            print(" ", *question_row(forward_question(person, attribute), value))
-        print(" ", *question_row(backward_question(clues(person, world)[-1], world), person.name), "\n\n")
+            text = documents(corpus.people[200], arm, world, random.Random(0))[0]
+            if text not in told:  # else this arm begins as another one does
+                print(f"--world {name} --paraphrases {arm_name}\n    {text}")
+            told.add(text)
+        for kind, first, asked in (("known", 0, QUESTIONS[2:4]), ("new", 200, QUESTIONS[:2])):
+            texts = [decode(row[row != MARKS.pad].tolist()) for row in corpus.rows[kind][0]]
+            for person in corpus.people[first:first + 3]:
+                print(f"\n{kind}:", next(text for text in texts if person.name in text))
+                for exam in asked:
+                    item = next(item for item in corpus.exams[exam] if item.person == person)
+                    print("   ", item.given, item.truth)
+        print("\n")

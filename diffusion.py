@@ -187,12 +187,13 @@ class Mode(NamedTuple):
     decode: Callable            # fills the blanks of a document
     base: str                   # the mode of its pretraining, and of all questions, in training and exam
     causal: bool                # does a position see only what comes before it?
-    settings: dict = {}         # what `--mode` changes in the defaults of train.py
+    times: int = 1              # its default numbers of steps are so many times those of its world
 
 
 MODES = {
     "ar": Mode("next token", ar, None, decode_ar, "ar", causal=True),
-    "diffusion": Mode("masked diffusion", diffusion, (0, 1), decode_diffusion, "diffusion", causal=False),
+    "diffusion": Mode("masked diffusion", diffusion, (0, 1), decode_diffusion, "diffusion", causal=False,
+                      times=2),  # with as many steps as `ar` it forgot known people
     "masked": Mode("masked fine-tuning of ar's base", masked, (0.6, 0.6), decode_masked, "ar", causal=True),
 }
 

@@ -106,7 +106,7 @@ def train(stage, settings, corpus, model, folder):
 
 
 def draw(corpus, counts, generator):
-    """{"known": 11, "new": 43} -> so many random rows of each, one group after the other, as tokens (B, T),
+    """{"known": 21, "new": 38} -> so many random rows of each, one group after the other, as tokens (B, T),
     learned (B, T). To read each row once before any comes again, draw here from a shuffled order."""
     tokens, learned = [], []
     for name, n in counts.items():
@@ -242,7 +242,7 @@ class Settings:
     seed: int = flag(0, "another number, other people and weights", 0)
     steps: int = flag(1000, "of fine-tuning: raise with --new", 1)
     mask_ratio: list = flag(None, "least and largest share of a document to hide", 0.0, 1, nargs=2)
-    batch: list = flag([11, 43, 5, 5], "rows a step: documents about known people, about new people, forward "
+    batch: list = flag([21, 38, 2, 3], "rows a step: documents about known people, about new people, forward "
                        "questions, backward questions", 0, nargs=4)
     known: int = flag(200, "people in pretraining: raise with --pretrain_steps", 1)
     known_paraphrases: str = flag("change_order", "texts about a known person", choices=list(ARMS))
@@ -264,8 +264,10 @@ def of_base(settings):
 
 
 def defaults(mode, world):
-    """The settings of a mode in a world. Where both bring a default of their own, the world's counts."""
-    return replace(Settings(mode=mode, world=world), **{**MODES[mode].settings, **WORLDS[world].settings})
+    """The settings of a mode in a world, if no flag says otherwise."""
+    settings = replace(Settings(mode=mode, world=world), **WORLDS[world].settings)
+    times = MODES[mode].times
+    return replace(settings, pretrain_steps=times * settings.pretrain_steps, steps=times * settings.steps)
 
 
 def name_of(settings, default):
@@ -349,6 +351,7 @@ def main():
         write(folder / "result.json", json.dumps(result, indent=1).encode())
     result = load(folder / "result.json")
     print(report(result, result["exams"][0], "before"))
+    print(f"to see it answer: python eval.py {folder} --ask")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-The runs to publish next: each line of ROWS and EDITS with seeds 1, 2 and 3. What is finished is skipped, what
-was interrupted goes on. From the root of the repository:
+The runs to publish: each line of ROWS and EDITS with seeds 1, 2 and 3, each line of SEED_1 with seed 1. What is
+finished is skipped, what was interrupted goes on. From the root of the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 books      seed 2 alone, rows with "books"
@@ -32,7 +32,6 @@ import train
 
 PLAIN = "--known_paraphrases none"          # known people told in one text each
 ANYWHERE = "--known_paraphrases name_anywhere --texts 20"
-ALONE = "--batch 0 64 0 0 --lr .0005 --embed_lr .001 --forget 0 --embed_forget 0"
 ALL = ("ar", "masked", "diffusion")
 
 
@@ -40,22 +39,32 @@ def rows(*groups):
     return [f"--mode {mode} {flags}".strip() for modes, flags in groups for mode in modes]
 
 
+def as_many(n):
+    """n new people, and steps in proportion, so that each of them is read about as often."""
+    return [f"--mode {mode} --new {n} --steps {train.defaults(mode, 'biographies').steps * n // 100}"
+            for mode in ALL]
+
+
 ROWS = rows(
     # modes and arms
-    (ALL, ""), (ALL, "--paraphrases same_order"), (ALL, "--paraphrases change_order --texts 5"),
+    (ALL, ""), (ALL, "--paraphrases same_order"), (ALL, "--paraphrases change_order"),
     # the order of the text decides
-    *((ALL, f"--world books --paraphrases {arm}") for arm in ("none", "name_last", "both_orders")),
-    *((ALL, f"{ANYWHERE} --paraphrases {arm}") for arm in ("change_order", "name_anywhere")),
-    # how often new people are told
-    *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 20)),
+    *((ALL, f"--world books --paraphrases {arm}") for arm in ("none", "name_last", "both_orders --texts 2")),
     # cause
     (("masked_hidden", "masked_shown", "random_prompt", "masked_doc_mark"), ""),
+    (("masked",), "--batch 0 38 2 3"), (("masked",), "--paraphrases name_given"),
     *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1")),
-    (("masked", "diffusion"), "--paraphrases name_given"), (("masked",), "--batch 0 43 5 5"),
-    (("ar", "masked"), "--world other_clues"), (ALL, ALONE),
     # without masks
     (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
-    (("ar",), "--world wide_books --paraphrases composed_bridge"))
+    (("ar",), "--world wide_books --paraphrases composed_bridge"),
+    # names anywhere
+    *((ALL, f"{ANYWHERE} --paraphrases {arm}") for arm in ("change_order", "name_anywhere")),
+    # how often new people are told
+    *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 20))
+    ) + as_many(25) + as_many(50)
+
+SEED_1 = as_many(200) + as_many(400) + rows((("masked",), f"--new 400 --steps 4000 {back}") for back in (
+    "--texts 5 --paraphrases change_order", "--n_embd 128 --n_head 4", "--batch 22 40 1 1"))
 
 EDITS = {  # name: (flags, file, what stands there, what stands there instead)
     "untied": ("--mode ar", "model.py", [
@@ -136,7 +145,8 @@ if __name__ == "__main__":
         seeds = [word for word in words if word.isdigit()] or ["1", "2", "3"]
         wanted = [word for word in words if not word.isdigit()]
         for seed in seeds:
-            for row in [row for row in ROWS if all(word in row for word in wanted)]:
+            rows_of_seed = ROWS + SEED_1 if seed == "1" else ROWS
+            for row in [row for row in rows_of_seed if all(word in row for word in wanted)]:
                 sys.argv[1:] = [*row.split(), "--seed", seed]
                 try:
                     train.main()

@@ -47,7 +47,7 @@ def test_the_arm_of_new_people_changes_nothing_about_the_known(world):
 
 @pytest.mark.parametrize("known_arm, known, arm, texts, new", (
     ("change_order", 5, "none", 0, 1), ("none", 1, "same_order", 0, 5), ("none", 1, "change_order", 10, 10),
-    ("name_last", 1, "both_orders", 0, 2), ("both_orders", 2, "name_last", 3, 3)))
+    ("name_last", 1, "both_orders", 0, 6), ("both_orders", 6, "name_last", 3, 3)))
 def test_known_and_new_people_have_arms_of_their_own(known_arm, known, arm, texts, new):
     """A person has as many texts as the arm says or, if new, as --texts says, if that is not 0."""
     corpus = corpus_of(known=3, new=2, known_paraphrases=known_arm, paraphrases=arm, texts=texts)
