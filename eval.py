@@ -392,11 +392,13 @@ def over_steps(runs):
     return points
 
 
-def curves(lines, axis):
+def curves(lines, axis, ticks=None):
     """New people's scores, a panel per direction. `lines`: [(label, {x: [scores of a run there]})]. A line is
-    the mean over runs, its band one standard deviation to either side."""
+    the mean over runs, its band one standard deviation to either side. `ticks`: {x: what is written there};
+    without it the numbers 0 and the largest x."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
     last = max(x for _, points in lines for x in points)
+    ticks = ticks or {0: 0, last: last}
     width, height = 300, 230  # of a panel, whose upper left corner is (0, 0)
 
     def place(x, score):
@@ -407,7 +409,8 @@ def curves(lines, axis):
                                             ("backward", "backward: attributes → name"))):
         parts += [f'<g transform="translate({50 + i * (width + 50)} 40)">',
                   words_at(0, -15, title, 'font-weight="bold"'), words_at(0, height + 38, axis),
-                  words_at(0, height + 18, "0"), words_at(width, height + 18, last, 'text-anchor="end"')]
+                  *(words_at(f"{width * x / last:.0f}", height + 18, label, 'text-anchor="middle"')
+                    for x, label in ticks.items())]
         for score in (0, 0.5, 1):
             parts += [words_at(-8, height * (1 - score) + 4, score, 'text-anchor="end"'),
                       f'<path d="M0 {height * (1 - score)}h{width}" stroke="#ccc"/>']

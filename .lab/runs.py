@@ -1,18 +1,16 @@
 """
-The runs to publish: each line of ROWS and EDITS with seeds 1, 2 and 3, each line of SEED_1 with seed 1. What is
-finished is skipped, what was interrupted goes on. From the root of the repository:
+The runs to publish: each line of ROWS and EDITS with seeds 1, 2 and 3, each line of SEED_1 with seed 1. What
+is finished is skipped, what was interrupted goes on. From the root of the repository:
 
     python .lab/runs.py              everything, one run after the other, into out/
     python .lab/runs.py 2 books      seed 2 alone, rows with "books"
-    python .lab/runs.py collect      all results below out/ -> .lab/runs.jsonl, or another file named after it
+    python .lab/runs.py collect      add all results below out/ to .lab/runs.jsonl, or to another file
     python .lab/runs.py table        what `python eval.py` prints, of .lab/runs.jsonl
     python .lab/runs.py less         differences of rows, seed by seed, from .lab/runs.jsonl
-    python .lab/runs.py figures      .lab/curves.svg, and .lab/texts.svg and .lab/texts_rich.svg: over --texts
+    python .lab/runs.py figures      .lab/curves.svg (over steps), .lab/texts.svg, .lab/people.svg
 
 A row is flags of train.py, with the modes, arms and worlds of controls.py. The rows of EDITS are flags for a
 copy of the five files, in out/NAME/, in which one place of one file is replaced.
-
-(.lab/runs.jsonl of today was made by the state d3e1f39, by its runs.py, with other flags and some rows more.)
 """
 import json
 import re
@@ -21,6 +19,7 @@ import subprocess
 import sys
 import traceback
 from collections import defaultdict
+from math import log2
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -93,15 +92,13 @@ def run_edited(name, seed):
     subprocess.run([sys.executable, "train.py", *words], cwd=folder)
 
 
-def published():
-    """{name: result} of .lab/runs.jsonl"""
-    return {run["name"]: run for run in map(json.loads, Path(".lab/runs.jsonl").read_text().splitlines())}
+def published(file=Path(".lab/runs.jsonl")):
+    """{name: result} of what is published"""
+    return {run["name"]: run for run in map(json.loads, file.read_text().splitlines())}
 
 
 LESS = (("masked-none", "ar-none"), ("diffusion-none", "masked-none"), ("masked_hidden-none", "masked-none"),
-        ("random_prompt-none", "ar-none"), ("masked_doc_mark-none", "masked-none"),
-        ("masked-name_anywhere-texts20-known_paraphrasesname_anywhere",
-         "masked-change_order-texts20-known_paraphrasesname_anywhere"))
+        ("random_prompt-none", "ar-none"), ("masked_doc_mark-none", "masked-none"))
 
 
 def less():
@@ -116,20 +113,26 @@ def less():
         print(f"|`{a}` less `{b}`|{'|'.join(cells)}|")
 
 
-def over_texts(pattern, file):
-    """Draw the last scores over --texts, a line a mode, of the published runs that fit the pattern."""
+def over(setting, pattern, file, axis):
+    """Draw the last scores over a setting, on a logarithmic axis, of the published runs that fit the pattern.
+    Each mode is a line."""
+    runs = [run for name, run in published().items() if re.fullmatch(pattern, name)]
+    values = sorted({run["settings"][setting] for run in runs})
     lines = defaultdict(lambda: defaultdict(list))
-    for name, run in published().items():
-        if re.fullmatch(pattern, name):
-            lines[run["settings"]["mode"]][run["settings"]["texts"]].append(run)
-    Path(file).write_bytes(evaluation.curves(list(lines.items()), "texts about a new person"))
+    for run in runs:
+        x = log2(run["settings"][setting] / values[0])
+        lines[run["settings"]["mode"]][x].append(run)
+    ticks = {log2(value / values[0]): value for value in values}
+    Path(file).write_bytes(evaluation.curves(list(lines.items()), axis, ticks))
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words[:1] == ["collect"]:
-        runs = [{"name": name, **run} for name, run in evaluation.results_at(Path("out"))]
-        Path(*(words[1:] or [".lab/runs.jsonl"])).write_text("".join(json.dumps(run) + "\n" for run in runs))
+        file = Path(*(words[1:] or [".lab/runs.jsonl"]))
+        runs = published(file) if file.exists() else {}
+        runs |= {name: {"name": name, **run} for name, run in evaluation.results_at(Path("out"))}
+        file.write_text("".join(json.dumps(runs[name]) + "\n" for name in sorted(runs)))
     elif words == ["table"]:
         print(evaluation.compare(published().items()))
     elif words == ["less"]:
@@ -139,8 +142,10 @@ if __name__ == "__main__":
                    if re.match("(ar|masked|diffusion)-none-seed", name)]
         lines = [(label, evaluation.over_steps(runs)) for label, _, runs in evaluation.group(default)]
         Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
-        over_texts(r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg")
-        over_texts(r"\w+-change_order-texts\d+-seed\d", ".lab/texts_rich.svg")
+        over("texts", r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg",
+             "texts about each new person (known people: one)")
+        over("new", r"(ar|masked|diffusion)-none(-steps\d+-new\d+)?-seed\d", ".lab/people.svg",
+             "new people, told in one text each, steps in proportion")
     else:
         seeds = [word for word in words if word.isdigit()] or ["1", "2", "3"]
         wanted = [word for word in words if not word.isdigit()]
