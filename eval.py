@@ -396,7 +396,7 @@ def curves(lines, axis, ticks=None):
     """New people's scores, a panel per direction. `lines`: [(label, {x: [scores of a run there]})]. A line is
     the mean over runs, its band one standard deviation to either side. `ticks`: {x: what is written there};
     without it the numbers 0 and the largest x."""
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
+    colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
     last = max(x for _, points in lines for x in points)
     ticks = ticks or {0: 0, last: last}
     width, height = 300, 230  # of a panel, whose upper left corner is (0, 0)

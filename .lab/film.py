@@ -32,11 +32,14 @@ def recorded(model, mode, corpus, text):
     return [(decode([token]), steps.get(i, -1)) for i, token in enumerate(before)]
 
 
-def typeset(tokens, x, y, start, colour="black"):
-    """Tokens with their steps as text that appears from second `start` on -> (parts, y below, end)."""
+def typeset(tokens, x, y, start, colour="black", wrong=()):
+    """Tokens with their steps as text that appears from second `start` on, those in `wrong` in red -> (parts,
+    y below, end)."""
     parts, left, end = [], x, start
     for word, step in tokens:
-        if word in ("[doc]", "[end]"):
+        if word == "[end]":  # what it writes behind that is not part of the text
+            break
+        if word == "[doc]":
             continue
         if left + LETTER * len(word) > WIDTH - 20:
             left, y = x, y + LINE
@@ -44,7 +47,8 @@ def typeset(tokens, x, y, start, colour="black"):
             left -= LETTER
         seconds = start + A_STEP * (step + 1)
         end = max(end, seconds)
-        parts.append(f'<text x="{left:.0f}" y="{y}" fill="{colour}" class="late" '
+        fill = RED if word in wrong else colour
+        parts.append(f'<text x="{left:.0f}" y="{y}" fill="{fill}" class="late" '
                      f'style="animation-delay:{seconds:.2f}s">{html.escape(word)}</text>')
         left += LETTER * (len(word) + 1)
     return parts, y + LINE, end
@@ -69,7 +73,9 @@ for folder in sys.argv[1:]:
 
     parts.append(f'<text x="20" y="{y}" font-family="sans-serif" font-weight="bold">'
                  f'{html.escape(ABOUT[mode])}</text>')
-    drawn, y, end = typeset(life, 20, y + 26, 0.5)
+    of_others = {word for attribute in corpus.world.attributes.values() for value in attribute.values
+                 for word in value.split()} - {*" ".join(item.person.facts.values()).split()}
+    drawn, y, end = typeset(life, 20, y + 26, 0.5, wrong=of_others)
     parts += drawn
     question = item.given.removeprefix("[question] ").removesuffix(" [answer]")
     asked = 0.5 + A_STEP * (length + 6)

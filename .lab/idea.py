@@ -76,7 +76,7 @@ parts += [f'<path d="M{middle - 9:.0f} {y + 54}l18 20m0 -20l-18 20" stroke="{RED
 y = 330
 parts.append(words(20, y - 68, "masked: the same model reads a copy with holes first, and predicts the text "
                    "behind it", 'font-weight="bold"'))
-drawn, before = boxes(20, y, ["[mask]", "[mask]", "[mask]", rest[0], "[mask]", city, "[mask]"])
+drawn, before = boxes(20, y, ["[mask]", "[mask]", "[mask]", "[mask]", rest[1], city, "."])
 parts += drawn
 drawn, at = boxes(20, y + 120, [*person.name.split(), *rest, city, "."])
 parts += [*drawn, words(20, y - 10, "the copy, only read"),

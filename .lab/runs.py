@@ -51,7 +51,8 @@ ROWS = rows(
     *((ALL, f"--world books --paraphrases {arm}") for arm in ("none", "name_last", "both_orders --texts 2")),
     # cause
     (("masked_hidden", "masked_shown", "random_prompt", "masked_doc_mark"), ""),
-    (("masked",), "--batch 0 38 2 3"), (("masked",), "--paraphrases name_given"),
+    (("masked",), "--batch 0 38 2 3"), (("masked",), "--batch 21 38 0 0"),
+    (("masked",), "--paraphrases name_given"), (("ar",), "--steps 2000"),
     *((("masked",), f"--mask_ratio {ratio}") for ratio in ("0 0", ".5 .5", "1 1")),
     # without masks
     (("ar",), "--paraphrases reversed"), (("ar",), "--paraphrases bridge"),
@@ -117,6 +118,8 @@ def over(setting, pattern, file, axis):
     """Draw the last scores over a setting, on a logarithmic axis, of the published runs that fit the pattern.
     Each mode is a line."""
     runs = [run for name, run in published().items() if re.fullmatch(pattern, name)]
+    if not runs:
+        sys.exit(f"{file} is not drawn: no published run fits {pattern}")
     values = sorted({run["settings"][setting] for run in runs})
     lines = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -140,7 +143,8 @@ if __name__ == "__main__":
     elif words == ["figures"]:
         default = [(name, run) for name, run in published().items()
                    if re.match("(ar|masked|diffusion)-none-seed", name)]
-        lines = [(label, evaluation.over_steps(runs)) for label, _, runs in evaluation.group(default)]
+        lines = [(runs[0]["settings"]["mode"], evaluation.over_steps(runs))
+                 for _, _, runs in evaluation.group(default)]
         Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
         over("texts", r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg",
              "texts about each new person (known people: one)")
