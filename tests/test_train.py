@@ -232,8 +232,7 @@ def test_the_readme_names_what_there_is():
 
 
 def test_every_example_is_about_somebody_who_exists():
-    """Whoever is named in the README, in a docstring or in the lab's scripts is one of the people of seed 0,
-    so that one can ask about them. (One is a wrong answer, and marked as such.)"""
+    """Whoever is named in the README or in a script is a person of seed 0. (One is marked as nobody.)"""
     people = {person.name for person in make_corpus(train.Settings()).people}
     name = re.compile(r"\s+".join(f"(?:{'|'.join(pool)})" for pool in (MEN + WOMEN, MIDDLE, LAST)))
     for path in (ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob(".lab/*.py")):
