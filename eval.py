@@ -483,14 +483,16 @@ def watch(model, mode, corpus, text):
     """Show step by step how the [mask]s of a text are filled, the newest tokens between > and <: in place on
     a terminal, else as lines. Then the text or, of a question, the answer."""
     before = encode(text)
+    if sys.stdout.isatty():
+        print("\x1b7", end="")  # the terminal remembers this place
     for [row] in fill(model, mode, corpus, [text]):
         words = []
         for old, new in zip(before, row):
             word = decode([new]).replace("[mask]", "___")
             words.append(word if new == old else f">{word}<")
         if sys.stdout.isatty():
-            print("\x1b[2J\x1b[H", end="")  # clear the terminal, and start at its top
             time.sleep(0.15)
+            print("\x1b8\x1b[J", end="", flush=True)  # back there, and clear what is below
         print(joined(words))
         before = row
     text = decode(row)
@@ -535,6 +537,8 @@ def main():
 
     if args.ask is not None or (args.path / "ckpt.pt").exists():  # one run
         mode, corpus, model = reopen(args.path)
+        if args.ask is not None and sys.stdout.isatty():
+            print("\x1b[2J\x1b[H", end="")  # clear the terminal, and start at its top
         if args.ask:
             watch(model, mode, corpus, text_to_fill(args.ask, corpus))
         elif args.ask == "":
