@@ -244,11 +244,10 @@ def test_one_base_serves_all_arms_and_modes_of_its_kind(monkeypatch):
 
 @pytest.mark.parametrize("finished", (True, False))
 def test_a_folder_of_an_older_version_moves_aside(finished):
-    """It is not damaged: its settings and code have other names. It can be compared, but not examined."""
+    """It is not damaged: its settings have other names. It can be compared, but not examined."""
     Path("out/run").mkdir(parents=True)
     result = json.loads((ROOT / ".lab" / "runs.jsonl").read_text(encoding="utf-8").splitlines()[0])
     result["settings"]["batch_size"] = result["settings"].pop("batch")
-    result["code"] = {"eval.py": "123456"}
     torch.save({**result, "model": {}, "log": []}, "out/run/ckpt.pt")
     if finished:
         Path("out/run/result.json").write_text(json.dumps(result), encoding="utf-8")
