@@ -253,7 +253,7 @@ def test_a_folder_of_an_older_version_moves_aside(finished):
         Path("out/run/result.json").write_text(json.dumps(result), encoding="utf-8")
     assert "older version" in refusal(evaluation, "out/run")
     before = content("out/run")
-    assert "train.py" in tiny() and content("out/run-old1") == before
+    assert "batch = None" in tiny() and content("out/run-old1") == before
     shown = [line.split()[0] for line in call(evaluation).splitlines()[1:]]
     assert shown == ["run", "run-old1"][:1 + finished]
 
