@@ -407,8 +407,9 @@ def curves(lines, axis, ticks=None):
     parts = []
     for i, (direction, title) in enumerate((("forward", "forward: name → attribute"),
                                             ("backward", "backward: attributes → name"))):
-        parts += [f'<g transform="translate({50 + i * (width + 50)} 40)">',
+        parts += [f'<g transform="translate({60 + i * (width + 60)} 40)">',
                   words_at(0, -15, title, 'font-weight="bold"'), words_at(0, height + 38, axis),
+                  words_at(-height, -36, "exact match", 'transform="rotate(-90)"'),
                   *(words_at(f"{width * x / last:.0f}", height + 18, label, 'text-anchor="middle"')
                     for x, label in ticks.items())]
         for score in (0, 0.5, 1):
@@ -427,8 +428,8 @@ def curves(lines, axis, ticks=None):
                       'stroke-width="2"/>']
         parts.append("</g>")
     for n, ((label, _), colour) in enumerate(zip(lines, colours)):
-        parts.append(words_at(50, height + 105 + 18 * n, f"● {label}", f'fill="{colour}"'))
-    return svg(2 * width + 130, height + 105 + 18 * len(lines), parts)
+        parts.append(words_at(60, height + 105 + 18 * n, f"● {label}", f'fill="{colour}"'))
+    return svg(2 * width + 150, height + 105 + 18 * len(lines), parts)
 
 
 def who_is_who(corpus, items, by_bayes, when_asked):
