@@ -74,7 +74,8 @@ class Person(NamedTuple):
 
 def make_people(n, world, seed):
     """n people, no two with the same name or the same facts. Each value is drawn independently, and those of
-    each attribute by a generator of their own. So people keep their facts if you give them one more."""
+    each attribute by a generator of their own. So an attribute that you add leaves the others as they were,
+    unless two lives had been equal."""
     n_facts = prod(len(attribute.values) for attribute in world.attributes.values())
     room = min(n_facts, len(MEN + WOMEN) * len(MIDDLE) * len(LAST))
     if n > room / 2:
@@ -166,8 +167,8 @@ def document_row(text):
 
 
 def question_row(question, answer):
-    """The answer and the [end]s behind it have always CANVAS tokens, so that their number does not tell the
-    answer's length."""
+    """The answer and the [end]s behind it always fill CANVAS tokens, so that the number of [mask]s in an exam
+    does not tell the answer's length."""
     return f"[question] {question} [answer]", answer + " [end]" * (CANVAS - len(encode(answer)))
 
 
@@ -198,7 +199,7 @@ def longest(world):
 QUESTIONS = ("forward", "backward",                                 # about new people
              "known_forward", "known_backward", "known_unasked")    # the last: never asked in training
 EXAMS = ("recite", *QUESTIONS)
-UNASKED = 10    # one backward question in so many about known people is kept for that last exam
+UNASKED = 10    # one backward question in so many about known people is kept out of training
 
 
 class Item(NamedTuple):
@@ -230,7 +231,7 @@ def make_corpus(settings):
     world, rng = WORLDS[settings.world], random.Random(settings.seed)
     check(world)
     people = make_people(settings.known + settings.new, world, settings.seed)
-    how_many_fit = Counter(facts for person in people for facts in clues(person, world))
+    how_many_fit = Counter(facts for person in people for facts in clues(person, world))  # of all people
     known_arm, new_arm = ARMS[settings.known_paraphrases], ARMS[settings.paraphrases]
     if settings.texts:
         new_arm = new_arm._replace(texts=settings.texts)
@@ -248,8 +249,9 @@ def make_corpus(settings):
                     for facts in clues(person, world) if how_many_fit[facts] == 1]
         rng.shuffle(backward)
         if i < settings.known:
-            # Every tenth is kept back. The count goes on from person to person: if it started at 1 for
-            # everybody, a world with one question a person would keep back none.
+            # Every tenth is kept back, in biographies 2 of a person's 20 (sets of 3 of 6 facts). The count
+            # goes on from person to person: if it started at 1 for everybody, a world with one question a
+            # person would keep back none.
             unasked = [item for j, item in enumerate(backward, start=i + 1) if j % UNASKED == 0]
             asked = [item for item in backward if item not in unasked]
             rows["known"] += [document_row(text) for text in texts]
@@ -391,7 +393,7 @@ TOKENIZER = tiktoken.Encoding(
 
 
 def check(world):
-    """End with a line that names the entry if one does not keep to what `Attribute` asks for."""
+    """Exit with a line that names the first entry which breaks a rule of `Attribute`."""
     if not 1 <= world.who.count("{}") <= len(world.attributes):
         sys.exit(f"data.py, {world.who!r}: give it a {{}} for each clue, at most one an attribute")
     pools = {"first names": MEN + WOMEN, "middle names": MIDDLE, "last names": LAST, "wordings": [FRAME]}

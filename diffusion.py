@@ -15,15 +15,16 @@ An objective maps clean documents to (inputs, targets, weights). Let x be the L 
     diffusion   -1/k sum_{i in h}  log p(x_i | x')          the hidden tokens, from both sides
     masked      -1/L sum_i         log p(x_i | x', x_<i)    `ar`, but with x' as a prompt
 
-So under `masked` a causal model, too, learns a fact in every direction: whatever was hidden must be
-recalled from the rest. With `ar` it does not: on a text that starts with the name it learns p(name) and
-p(facts | name), but p(name | facts) is not in its loss.
+So under `masked` a causal model, too, learns a fact in both directions: a hidden name must be recalled from
+the facts that show, and a hidden fact from the name. Under `ar` it does not: of a text that starts with the
+name it learns p(name) and p(facts | name), but p(name | facts) is not in its loss.
 
     python diffusion.py        print what goes into the model and, beside each token, what it must predict
     python train.py --mode masked --mask_ratio 0 1
 
 Shapes: tokens (B, T), of documents or questions padded on the right; learned (B, T) bool, true where
-something may be hidden and scored. In training, randomness comes from `generator` alone.
+something may be hidden and scored. What an objective returns is (B, T) for `diffusion`, (B, T - 1) for `ar`,
+and (B, 2T - 1) for `masked`. In training, randomness comes from `generator` alone.
 """
 from typing import Callable, NamedTuple
 
@@ -43,15 +44,17 @@ def corrupt(learned, ratio, generator):
     Call that mean, taken over all ways to hide k tokens, M_k. Now reveal a text one token at a time, in
     random order. With two tokens, a and b, the two orders cost
 
-        -log p(a) - log p(b | a)    and    -log p(b) - log p(a | b);    their mean is  M_2 + M_1.
+        -log p(a) - log p(b | a)    and    -log p(b) - log p(a | b)
 
-    With L tokens, while k are hidden, each of them may be the next, so the next one costs M_k on average:
+    The mean of the first terms is M_2, for both tokens are hidden there, and that of the second terms is
+    M_1. With L tokens it is the same: while k are hidden, in a random order each set of k is as likely to be
+    left, and each of its tokens to be next. So the next one costs M_k on average, and the whole text
 
         mean over all orders of -log p(x)  =  M_L + ... + M_1  =  L x the mean of M_k over k
 
     With k drawn evenly from 1..L, which is `ratio` (0, 1), one row estimates that mean: the loss per token,
     comparable with `ar`'s. L times it is the negative ELBO, an upper bound of -log p(x), where p is the
-    mixture of all orders. Hiding each token with probability t and weighing it by 1 / t, as eq. 1 of the
+    mixture of all orders. Hiding each token with probability t and weighing it by 1 / (t L), as eq. 1 of the
     paper does, has the same expectation if t is drawn from 0 to 1. The paper draws t from .05 to .95. Like
     (.05, .95) here, that makes some k rarer than others, and so it is not the ELBO.
 
@@ -71,7 +74,8 @@ def corrupt(learned, ratio, generator):
     L = learned.sum(1, keepdim=True)                                                # (B, 1)
     k = (t * L - 1e-4).ceil()   # (B, 1). Without the 1e-4, .6 x 25 = 15.000001 would be rounded up to 16
     k = torch.where(t > 0, k.clamp(min=1), k)       # a share close to 0 still hides one token
-    # float64: with fewer digits two draws of a row could be equal, and be sorted otherwise elsewhere.
+    # float64: with fewer digits two draws of a row could be equal, and another machine might sort them
+    # the other way.
     draws = torch.rand(learned.shape, generator=generator, dtype=torch.float64)     # (B, T)
     draws = draws.masked_fill(~learned, 2)      # what is given comes last
     rank = draws.argsort(1).argsort(1)          # (B, T): of each draw in its row, 0 for the smallest
@@ -112,10 +116,10 @@ def with_response(prompts, tokens, places):
 
 def masked(tokens, learned, generator, ratio):
     """Masked fine-tuning of a causal model, eq. 2: -1/L sum_i log p(x_i | x', x_<i). All of the response is
-    scored, even what the prompt shows, for in an exam, too, it is written from its first word on."""
+    scored, even what the prompt shows. To score what is hidden alone comes to the same (README.md)."""
     hidden, _ = corrupt(learned, ratio, generator)
     prompts = tokens.masked_fill(hidden, MARKS.mask)
-    return ar(*with_response(prompts, tokens, learned))
+    return ar(*with_response(prompts, tokens, learned))  # its [answer] predicts the first word
 
 
 # --- Decoders fill the places `blank` (B, T) bool of tokens (B, T). After each step they yield all tokens.
@@ -134,11 +138,11 @@ def decode_ar(model, tokens, blank):
         tokens    [doc]   He      lives   in      [mask]  [mask]
         blank     no      no      no      no      yes     yes
         now       no      no      no      no      yes     no          the first blank
-        ahead     -       ...     ...     ...     Oslo    ...         what the token before it predicts
+        ahead     -       ...     ...     ...     Oslo    ...         what the place before it predicts
     """
     while blank.any():
         now = blank & (blank.cumsum(1) == 1)                # (B, T): a row without blanks has none
-        ahead = logits_of_words(model, tokens).argmax(-1).roll(1, dims=1)  # (B, T): i's answer is token i + 1
+        ahead = logits_of_words(model, tokens).argmax(-1).roll(1, dims=1)  # (B, T): i predicts i + 1
         tokens = torch.where(now, ahead, tokens)
         blank = blank & ~now
         yield tokens
@@ -148,7 +152,7 @@ def surest(confidence):
     """(B, T) -> bool: in each row the place to fill next, where the model is surest. Confidence is the
     model's probability of its best token, and 0 at places that are not blank. (In a row without blanks one
     of those is chosen; the caller does not write it.) To fill also every place with more than .9, put
-    `| (confidence > .9)` behind the next line; for the two surest, use topk(2) in place of argmax."""
+    `| (confidence > .9)` behind the next line. Exercise 6 (README.md) chooses the two surest."""
     return F.one_hot(confidence.argmax(1), confidence.size(1)).bool()
 
 
@@ -157,7 +161,7 @@ def decode_diffusion(model, tokens, blank):
     """Mask the blanks, then fill first the one the model is surest of; what is filled stays.
 
     One token per step makes this an autoregressive model whose order depends on what is already revealed. Two
-    per step would be chosen without seeing each other.
+    tokens of one step would each be chosen without knowing the other.
     """
     tokens = tokens.masked_fill(blank, MARKS.mask)
     while blank.any():
@@ -187,7 +191,7 @@ class Mode(NamedTuple):
     decode: Callable            # fills the blanks of a document
     base: str                   # the mode of its pretraining, and of all questions, in training and exam
     causal: bool                # does a position see only what comes before it?
-    times: int = 1              # its default numbers of steps are so many times those of its world
+    times: int = 1              # what its default numbers of steps are multiplied by
 
 
 MODES = {
@@ -205,7 +209,7 @@ if __name__ == "__main__":
         sees = "what comes before it" if mode.causal else "the whole row"
         for kind, trained_as in (("document", mode), ("question", MODES[mode.base])):
             tokens, learned = stack([rows[kind]])
-            generator = torch.Generator().manual_seed(149)
+            generator = torch.Generator().manual_seed(149)  # it hides what is hidden at the top of this file
             inputs, targets, weights = trained_as.objective(tokens, learned, generator, trained_as.ratio)
             print(f"--mode {name}: a {kind}. Each token sees {sees}\n    in          asked")
             for token, target, weight in zip(inputs[0], targets[0], weights[0]):

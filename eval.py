@@ -1,8 +1,7 @@
 """
 The exam: what does a model know that it only read in documents? And what does it know but cannot say?
 
-Answers are greedy, and count only if they are right from the first token up to the first [end]. A value is
-asked for in two ways:
+Answers are greedy, and count only if every word of them is right. A value is asked for in two ways:
 
     recite     [doc] Maria Reese Hubbard has a birthday on 18 December 1970. She is ...   is it stored?
     question   [question] What is the work city of Maria Reese Hubbard? [answer] ...      can it be asked for?
@@ -73,7 +72,7 @@ def exam(model, mode, corpus, names=EXAMS):
             texts = [item.given + " [mask]" * item.masks for item in batch]
             lengths = [len(encode(item.truth)) for item in batch]
             for filled in fill(model, mode, corpus, texts, lengths):
-                pass  # only the last step counts, when all is filled
+                pass  # after the last step `filled` has no [mask] left
             for item, row, length in zip(batch, filled, lengths):
                 start = len(encode(item.given))
                 said, truth = until_end(decode(row[start:start + length])), until_end(item.truth)
@@ -106,12 +105,12 @@ def log_p(model, mode, rows):
     probability of the whole. [end]s are not counted."""
     base = MODES[MODES[mode].base]
     tokens, learned = stack(rows)
-    everything = (1, 1)  # the ratio that hides all of an answer
+    everything = (1, 1)  # the ratio that hides all of an answer, so nothing is drawn that matters
     inputs, targets, weights = base.objective(tokens, learned, torch.Generator(), everything)
-    at = (weights > 0) & (targets != MARKS.end)  # (N, T), true at the S words of all answers
+    at = (weights > 0) & (targets != MARKS.end)  # (N, T), or (N, T - 1) from `ar`: the S words of all answers
     device = model.embed.weight.device
     log_ps = logits_of_words(model, inputs.to(device), at.to(device)).log_softmax(-1).cpu()  # (S, V)
-    per_token = torch.zeros(at.shape)  # (N, T)
+    per_token = torch.zeros(at.shape)
     per_token[at] = log_ps.gather(1, targets[at][:, None])[:, 0]
     return per_token.sum(1)
 
@@ -183,7 +182,7 @@ def identity(settings, model):
     "code": a digest of each other part}. Two runs with equal identity count as one. Where they are not equal,
     `differences` names the parts.
 
-    model.py, train.py and a sixth file beside these five count as they are written, but for comments,
+    model.py, train.py and any file of yours that they import count as they are written, but for comments,
     docstrings and blank lines. data.py and diffusion.py count by what they do: the rows of a sample, 20 known
     and 10 new people, and what the objectives make of these rows. So an edit of a decoder, of the exam or of
     another mode changes nothing. What shows only in rows that the sample lacks, or after many calls of an
@@ -207,7 +206,7 @@ def identity(settings, model):
     parts = {"rows": str([x.tolist() for x in documents + questions]), "objective": made[0],
              "weights": str([(name, [*p.shape]) for name, p in model.named_parameters()] + [model.causal])}
     files = {"model.py", "train.py"}
-    for name, module in list(sys.modules.items()):  # and a sixth file
+    for name, module in list(sys.modules.items()):  # and files of yours
         file = Path(getattr(module, "__file__", None) or "")
         if name != "__main__" and file.is_file() and file.resolve().parent == HERE:
             files.add(file.name)
@@ -267,9 +266,9 @@ def stored(folder):
 
 
 def claim(folder, now):
-    """Make `folder` the place of the run or base whose identity is `now`. What is there of another identity
-    moves aside, to FOLDER-old1 or the next free number. What had moved aside and is of this one comes back:
-    an edit undone costs nothing."""
+    """Make `folder` the place of the run or base whose identity is `now`. A run of another identity that is
+    there moves aside, to FOLDER-old1 or the next free number. One of this identity that had moved aside comes
+    back, so that an edit undone costs nothing."""
     found = stored(folder)
     changed = differences(found, now) if found else ""
     if changed:

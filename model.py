@@ -110,8 +110,9 @@ class Transformer(nn.Module):
 
 
 def loss(model, inputs, targets, weights):
-    """The mean over all B rows of the sum of weight x cross-entropy, in nats per token; inputs, targets,
-    weights (B, T). Logits, the largest tensor of a step, are computed only where a weight is not zero."""
+    """The mean over all B rows of the sum of weight x cross-entropy, in nats per token. Inputs, targets and
+    weights are what an objective made, all (B, T) or all (B, 2T - 1), say. Logits, the largest tensor of a
+    step, are computed only where a weight is not zero."""
     at = weights > 0
     nll = F.cross_entropy(model(inputs, at), targets[at], reduction="none")  # (S,)
     return (nll * weights[at]).sum() / len(inputs)

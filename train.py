@@ -46,8 +46,8 @@ PRETRAINING = {"paraphrases": "none", "texts": 0, "mask_ratio": None, "batch": [
 
 def train(stage, settings, corpus, model, folder):
     """Do what is left of one stage, "pretraining" or "fine-tuning". The model learns in place. `folder` gets
-    ckpt.pt and log.jsonl; from a checkpoint that is there it goes on, to the same bits as if it had never
-    stopped. -> the log, a list of dicts."""
+    ckpt.pt and log.jsonl. If it has a checkpoint, training goes on from there, and ends with the same bits as
+    if it had never stopped. -> the log, a list of dicts."""
     mode = MODES[settings.mode]
     base = MODES[mode.base]
     ratio = settings.mask_ratio or mode.ratio
@@ -118,7 +118,7 @@ def draw(corpus, counts, generator):
 
 
 def schedule(step, steps):
-    """Share of the peak rate at a step from 0 to steps - 1: up in the first 2 %, then linearly to zero."""
+    """Share of the peak rate at a step from 0 to steps - 1: up nearly to 1 in 2 % of them, then down to 0."""
     rising = (step + 1) / (0.02 * steps + 1)
     falling = 1 - step / steps
     return min(rising, falling)
@@ -167,12 +167,13 @@ def orthogonal(matrix):
 
 
 def make_optimizers(model, settings):
-    """Matrices in blocks learn by Muon at `lr`, embeddings by AdamW at `embed_lr`. What is no matrix (this
-    model has none; say, a norm's gain) learns by AdamW at `lr` without decay. What is frozen is left out.
+    """Matrices in blocks learn by Muon at `lr`, embeddings by AdamW at `embed_lr`. Vectors, such as a norm's
+    gain (this model has none), learn by AdamW at `lr` without decay. What is frozen is left out.
 
     `forget` sets the decay: over all steps a weight without gradient shrinks to about exp(-forget) of its
     start. A step multiplies it by 1 - peak x schedule x decay, and all steps by about exp(-decay x peak x
-    rates), so the decay is forget / rates / peak; and at most 1 / peak, or the sign would turn."""
+    rates), where `rates` is the sum of the schedule. So the decay is forget / rates / peak; and at most
+    1 / peak, or the sign would turn."""
     rates = sum(schedule(step, settings.steps) for step in range(settings.steps))
 
     def group(parameters, peak, forget):

@@ -97,6 +97,7 @@ def backwards(text, whole):
 
 def documents_of_controls(person, arm, world, rng):
     texts = documents(person, arm, world, rng)
+    given_names.pop(texts[0], None)  # of another corpus, made before in this process
     if arm is ARMS["reversed"]:
         texts += [backwards(text, [person.name, *person.facts.values()]) for text in texts]
     if arm is ARMS["bridge"]:

@@ -64,12 +64,12 @@ parts.append(words(20, 30, "ar: read the text, predict each token from those bef
 drawn, at = boxes(20, y, [*person.name.split(), *rest, city, "."])
 name, fact = at[1], at[5]
 parts += [*drawn, arrow(name, fact, y - 2, 45, GREEN, 3),
-          words((name + fact) / 2, y - 42, "in the loss: from the name to the fact",
+          words((name + fact) / 2, y - 42, "in the loss: from her name to the fact",
                 f'text-anchor="middle" fill="{GREEN}"'),
           arrow(fact, name, y + HEIGHT + 2, -45, GREY, 2, 'stroke-dasharray="6 5"')]
 middle = (name + fact) / 2
 parts += [f'<path d="M{middle - 9:.0f} {y + 54}l18 20m0 -20l-18 20" stroke="{RED}" stroke-width="4"/>',
-          words(middle, y + 96, "never in the loss: from the fact to the name",
+          words(middle, y + 96, "never in the loss: from the fact to her name",
                 f'text-anchor="middle" fill="{RED}"'),
           *bar(y + 4, RED, score["ar"], "ar")]
 # masked: the same model, behind a prompt full of holes
@@ -84,7 +84,7 @@ parts += [*drawn, words(20, y - 10, "the copy, only read"),
           f'<path d="M{before[5]:.0f} {y + HEIGHT + 2}C{before[5]:.0f} {y + 85} {at[1]:.0f} {y + 60} '
           f'{at[1]:.0f} {y + 116}" fill="none" stroke="{GREEN}" stroke-width="4" '
           f'marker-end="url(#head{GREEN[1:]})"/>',
-          words(before[5] - 40, y + 92, "in the loss: from the fact to the name", f'fill="{GREEN}"'),
+          words(before[5] - 40, y + 92, "in the loss: from the fact to her name", f'fill="{GREEN}"'),
           *bar(y + 64, GREEN, score["masked"], "masked")]
 svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 520" font-family="sans-serif" '
        f'font-size="{SIZE}">',

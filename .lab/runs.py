@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import traceback
 from collections import defaultdict
 from math import log2
 from pathlib import Path
@@ -156,10 +155,7 @@ if __name__ == "__main__":
         for seed in seeds:
             rows_of_seed = ROWS + SEED_1 if seed == "1" else ROWS
             for row in [row for row in rows_of_seed if all(word in row for word in wanted)]:
-                sys.argv[1:] = [*row.split(), "--seed", seed]
-                try:
-                    train.main()
-                except Exception:  # the next row may do
-                    traceback.print_exc()
+                # Each in a process of its own, so that nothing of one row is left over for the next.
+                subprocess.run([sys.executable, ".lab/controls.py", *row.split(), "--seed", seed])
             for name in [name for name in EDITS if not wanted or wanted == [name]]:
                 run_edited(name, seed)

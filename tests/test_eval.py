@@ -248,7 +248,12 @@ def written(name, score):
 
 def test_every_table_of_the_readme_is_in_the_runs():
     """A comment above a table names the run of each row and the score of each column. The table of all runs,
-    in a fold, is what `compare` prints, and the lines under its first command are what that run printed."""
+    in a fold, is what `compare` prints, and the lines under its first command are what that run printed. Runs
+    of one world and arm have read the same texts, whatever else differs."""
+    rows_of_arm = {}
+    for run in published("runs").values():
+        arm = str([run["settings"][name] for name in ("world", "paraphrases", "texts", "known_paraphrases")])
+        assert rows_of_arm.setdefault(arm, run["code"]["rows"]) == run["code"]["rows"], run["name"]
     tables = re.findall(r"<!-- rows: ([^>]*); columns: ([^>]*) -->\n((?:\|.*\n)+)", README)
     assert len(tables) > 2
     for names, columns, table in tables:
