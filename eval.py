@@ -393,8 +393,8 @@ def over_steps(runs):
 
 def curves(lines, axis, ticks=None):
     """New people's scores, a panel per direction. `lines`: [(label, {x: [scores of a run there]})]. A line is
-    the mean over runs, its band one standard deviation to either side. `ticks`: {x: what is written there};
-    without it the numbers 0 and the largest x."""
+    the mean over runs, its band one standard deviation to either side, where there are two runs or more.
+    `ticks`: {x: what is written there}; without it the numbers 0 and the largest x."""
     colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
     last = max(x for _, points in lines for x in points)
     ticks = ticks or {0: 0, last: last}
@@ -418,10 +418,10 @@ def curves(lines, axis, ticks=None):
             upper, middle, lower = [], [], []
             for x in sorted(points):
                 scores = [line[direction] for line in points[x]]
-                deviation = stdev(scores) if len(scores) > 1 else 0
-                upper.append(place(x, mean(scores) + deviation))
                 middle.append(place(x, mean(scores)))
-                lower.insert(0, place(x, mean(scores) - deviation))
+                if len(scores) > 1:
+                    upper.append(place(x, mean(scores) + stdev(scores)))
+                    lower.insert(0, place(x, mean(scores) - stdev(scores)))
             parts += [f'<polygon points="{" ".join(upper + lower)}" fill="{colour}" opacity="0.2"/>',
                       f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}" '
                       'stroke-width="2"/>']
