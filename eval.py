@@ -182,11 +182,11 @@ def identity(settings, model):
     "code": a digest of each other part}. Two runs with equal identity count as one. Where they are not equal,
     `differences` names the parts.
 
-    model.py, train.py and any file of yours that they import count as they are written, but for comments,
-    docstrings and blank lines. data.py and diffusion.py count by what they do: the rows of a sample, 20 known
-    and 10 new people, and what the objectives make of these rows. So an edit of a decoder, of the exam or of
-    another mode changes nothing. What shows only in rows that the sample lacks, or after many calls of an
-    objective, is not noticed.
+    model.py, train.py and a file of yours that is imported from beside them count as they are written, but
+    for comments, docstrings and blank lines. data.py and diffusion.py count by what they do: the rows of a
+    sample, 20 known and 10 new people, and what the objectives make of these rows. So an edit of a decoder,
+    of the exam or of another mode changes nothing. What shows only in rows that the sample lacks, or after
+    many calls of an objective, is not noticed.
     """
     kept = {name: value for name, value in vars(settings).items() if name != "device"}
     few = {"seed": 0, "known": min(20, settings.known), "new": min(10, settings.new)}

@@ -57,10 +57,11 @@ def test_known_and_new_people_have_arms_of_their_own(known_arm, known, arm, text
 
 
 def test_every_word_of_these_worlds_is_one_token_and_anything_else_is_spelled():
-    """So a name has three tokens and a date, too. A mark is one. Unknown words are bytes, never marks."""
+    """A name and a date have three tokens, a mark one. Unknown words are bytes. Names share none."""
     sizes = {"Curtis Chase Emley": 3, "28 May 1952": 3, TITLE: 3, "[doc] He lives in Oslo. [end]": 7}
     assert {text: len(encode(text)) for text in sizes} == sizes
-    assert all(len(encode(word)) == 1 for word in data.WORDS)
+    names = data.MEN + data.WOMEN + data.MIDDLE + data.LAST
+    assert len(names) == len({*names}) and all(len(encode(word)) == 1 for word in [*names, *data.WORDS])
     assert [encode(f"[{name}]") for name in MARKS._fields] == [[mark] for mark in MARKS]
     for text in ("Curtis hates (mask), [masks] and 谁.", "Elkton", "Who wrote Crimson Bamboo Mountain?"):
         assert decode(encode(text)) == text and not {*encode(text)} & {*MARKS}
@@ -206,8 +207,7 @@ def test_nobody_shares_a_name_or_all_facts(last, values, monkeypatch):
 def test_a_new_attribute_leaves_all_other_facts_as_they_are():
     """Each attribute is drawn by a generator of its own. So whoever adds one can compare with the run before:
     the people have the same names and, in all else, the same facts."""
-    pet = Attribute(["Cat", "Dog"], ["has a"], "is the pet of", "owns a")
-    more = WORLD._replace(attributes={"pet": pet, **WORLD.attributes})
+    more = WORLD._replace(attributes={"pet": pets().attributes["pet"], **WORLD.attributes})
     for before, now in zip(data.make_people(50, WORLD, 3), data.make_people(50, more, 3)):
         assert before.name == now.name and {**now.facts, **before.facts} == now.facts
 

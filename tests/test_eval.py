@@ -175,7 +175,7 @@ def test_seeds_are_averaged_and_nothing_else():
     middle, error = 230 * 0.4, 230 * 0.2 * 2**0.5  # heights count from the top
     assert lines[0] == pytest.approx([0, 230, 300, middle], abs=0.1) and len(lines) == len(bands) == 2 * 3
     assert bands[0] == pytest.approx([0, 230, 300, middle - error, 300, middle + error, 0, 230], abs=0.1)
-    assert lines[3:] == 3 * [[0, 230, 300, 230]]  # in the second panel, for the other direction
+    assert lines[3:] == 3 * [[0, 230, 300, 230]] and bands[1:3] == [[], []]  # other direction; one seed each
 
 
 def test_who_is_who_shows_where_the_right_person_is(runs):
