@@ -357,15 +357,15 @@ def report(scores, other, title):
 
 
 def compare(results):
-    """A table with a line for each group of runs: exact match and ranks, mean ± deviation over seeds."""
-    names = ["recite", "forward", "backward", "bayes", "rank", "rank_new", "known_forward", "known_backward",
-             "known_unasked"]
+    """A table with a line for each group of runs: exact match and ranks, mean ± deviation over seeds. All
+    other scores are in each result.json."""
+    names = ["recite", "forward", "backward", "bayes", "rank_new", "known_forward", "known_backward"]
     rows = [["", "code", "seeds", *names]]
     for label, code, runs in group(results):
         rows.append([label, code, str(len(runs))])
         for name in names:
             scores = [run[name] for run in runs if name in run]
-            digits = ".1f" if name.startswith("rank") else ".3f"
+            digits = ".1f" if name.startswith("rank") else ".2f"
             spread = f"±{stdev(scores):{digits}}" if len(scores) > 1 else ""
             rows[-1].append(f"{mean(scores):{digits}}{spread}" if len(scores) == len(runs) else "-")
     return "\n".join(table(rows))
