@@ -222,12 +222,9 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(settings):
-    """Documents of known and new people, questions about the known, exams about both.
-
-    Read from `settings`: world, known, new (how many people), paraphrases, texts (of new people; 0 texts: as
-    many as the arm has), known_paraphrases, seed. The arm of new people changes nothing that is read about
-    known people, so one base serves all arms.
-    """
+    """Documents of known and new people, questions about the known, exams about both. Read from `settings`:
+    world, known, new (how many people), paraphrases, texts (of new people; 0 texts: as many as the arm has),
+    known_paraphrases, seed."""
     world, rng = WORLDS[settings.world], random.Random(settings.seed)
     check(world)
     people = make_people(settings.known + settings.new, world, settings.seed)
@@ -238,8 +235,8 @@ def make_corpus(settings):
     rows = {"known": [], "new": [], "known_forward": [], "known_backward": []}
     exams = {name: [] for name in EXAMS}
     for i, person in enumerate(people):
-        # Everybody has a generator of their own. From a common one an arm of more texts would draw more
-        # numbers, and so change the texts of all people after.
+        # Everybody has a generator of their own, so that one base serves all arms: from a common one an arm
+        # of more texts would draw more numbers, and so change the texts of all people after.
         own_rng = random.Random(f"{settings.seed} {person.name}")
         texts = documents(person, known_arm if i < settings.known else new_arm, world, own_rng)
         forward = [Item(*question_row(forward_question(person, a), value), CANVAS, person, (a,))
@@ -250,8 +247,7 @@ def make_corpus(settings):
         rng.shuffle(backward)
         if i < settings.known:
             # Every tenth is kept back, in biographies 2 of a person's 20 (sets of 3 of 6 facts). The count
-            # goes on from person to person: if it started at 1 for everybody, a world with one question a
-            # person would keep back none.
+            # starts one later for each person, or a world with one question a person would keep back none.
             unasked = [item for j, item in enumerate(backward, start=i + 1) if j % UNASKED == 0]
             asked = [item for item in backward if item not in unasked]
             rows["known"] += [document_row(text) for text in texts]
@@ -382,9 +378,8 @@ for world in WORLDS.values():
         everything += [*attribute.values, *attribute.name_first, attribute.name_last, attribute.clue]
 WORDS = sorted(set(re.findall(r"\w+", " ".join(everything))))
 
-# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with its leading space.
-# tiktoken splits a text into words, each with the space before it, and punctuation, and looks them up whole:
-# " Boston" is one token. An unknown word is spelled in several, at worst in bytes, which spell anything.
+# A tiktoken.Encoding made in memory: 6 marks, 256 bytes, then one token per word with the space before it,
+# such as " Boston". An unknown word is spelled in several tokens, at worst in bytes, which spell anything.
 TOKENS = [bytes([b]) for b in range(256)] + [(" " + word).encode() for word in WORDS]
 TOKENIZER = tiktoken.Encoding(
     "worlds", pat_str=r" ?\w+|[^\w\s]|\s",
@@ -393,7 +388,7 @@ TOKENIZER = tiktoken.Encoding(
 
 
 def check(world):
-    """Exit with a line that names the first entry which breaks a rule of `Attribute`."""
+    """Exit with a line that names the first entry which breaks a rule of `Attribute` or `World`."""
     if not 1 <= world.who.count("{}") <= len(world.attributes):
         sys.exit(f"data.py, {world.who!r}: give it a {{}} for each clue, at most one an attribute")
     pools = {"first names": MEN + WOMEN, "middle names": MIDDLE, "last names": LAST, "wordings": [FRAME]}

@@ -21,10 +21,6 @@ name it learns p(name) and p(facts | name), but p(name | facts) is not in its lo
 
     python diffusion.py        print what goes into the model and, beside each token, what it must predict
     python train.py --mode masked --mask_ratio 0 1
-
-Shapes: tokens (B, T), of documents or questions padded on the right; learned (B, T) bool, true where
-something may be hidden and scored. What an objective returns is (B, T) for `diffusion`, (B, T - 1) for `ar`,
-and (B, 2T - 1) for `masked`. In training, randomness comes from `generator` alone.
 """
 from typing import Callable, NamedTuple
 
@@ -85,8 +81,10 @@ def corrupt(learned, ratio, generator):
 
 # --- Objectives: (tokens, learned, generator, ratio) -> inputs, targets, weights
 #
-# `tokens` are documents or questions. Of a question only the answer is learned. Questions are always trained
-# as the base of a mode is, by `ar` or `diffusion` with its own ratio; --mask_ratio is for documents.
+# `tokens` (B, T) are documents or questions, padded on the right; `learned` (B, T) is true where something
+# may be hidden and scored, of a question in its answer alone. What is returned is (B, T) for `diffusion`,
+# (B, T - 1) for `ar` and (B, 2T - 1) for `masked`. Questions are always trained as the base of a mode is, by
+# `ar` or `diffusion` with its own ratio; --mask_ratio is for documents.
 
 def ar(tokens, learned, generator=None, ratio=None):
     """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over what is learned of each row. Nothing is
@@ -158,11 +156,9 @@ def surest(confidence):
 
 @torch.no_grad()
 def decode_diffusion(model, tokens, blank):
-    """Mask the blanks, then fill first the one the model is surest of; what is filled stays.
-
-    One token per step makes this an autoregressive model whose order depends on what is already revealed. Two
-    tokens of one step would each be chosen without knowing the other.
-    """
+    """Mask the blanks, then fill first the one the model is surest of; what is filled stays. One token per
+    step makes this an autoregressive model whose order depends on what is already revealed. Two tokens of one
+    step would each be chosen without knowing the other."""
     tokens = tokens.masked_fill(blank, MARKS.mask)
     while blank.any():
         p, best = logits_of_words(model, tokens).softmax(-1).max(-1)    # (B, T) each

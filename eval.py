@@ -7,7 +7,7 @@ Answers are greedy, and count only if every word of them is right. A value is as
     question   [question] What is the work city of Maria Reese Hubbard? [answer] ...      can it be asked for?
 
 Questions are asked in two directions, forward (as above) and backward (facts -> name). A backward question
-can also be answered by the model's own *forward* direction, with Bayes' rule (`bayes`, below).
+can also be answered by the model's own *forward* direction, with Bayes' rule (`who_is_it`, below).
 
     python eval.py                          compare all finished runs below out/
     python eval.py --plot curves.svg        draw their scores over fine-tuning
@@ -20,7 +20,6 @@ can also be answered by the model's own *forward* direction, with Bayes' rule (`
 import argparse
 import hashlib
 import html
-import io
 import json
 import os
 import re
@@ -37,8 +36,6 @@ from data import (ARMS, CANVAS, EXAMS, MARKS, WORDS, WORLDS, decode, encode, for
                   question_row, stack)
 from diffusion import MODES, logits_of_words
 from model import DEVICES, Transformer
-
-PROBED = 30     # new people whom `bayes` asks about
 
 # --- The exam
 
@@ -71,8 +68,7 @@ def exam(model, mode, corpus, names=EXAMS):
             batch = items[first:first + 256]
             texts = [item.given + " [mask]" * item.masks for item in batch]
             lengths = [len(encode(item.truth)) for item in batch]
-            for filled in fill(model, mode, corpus, texts, lengths):
-                pass  # after the last step `filled` has no [mask] left
+            *_, filled = fill(model, mode, corpus, texts, lengths)  # as it is after the last step
             for item, row, length in zip(batch, filled, lengths):
                 start = len(encode(item.given))
                 said, truth = until_end(decode(row[start:start + length])), until_end(item.truth)
@@ -115,7 +111,7 @@ def log_p(model, mode, rows):
     return per_token.sum(1)
 
 
-def who_is_it(model, mode, corpus, n=PROBED):
+def who_is_it(model, mode, corpus, n=30):
     """One backward question about each of the first n new people, answered in two ways.
 
     A name can be found without ever being said. Let all people be equally likely before. Then Bayes' rule
@@ -127,10 +123,8 @@ def who_is_it(model, mode, corpus, n=PROBED):
     product, and log p(name | question), which is what it says when asked.
     """
     model.eval()
-    one_each = {}
-    for item in corpus.exams["backward"]:
-        one_each[item.person.name] = item  # a later question about the same person replaces it
-    items = list(one_each.values())[:n]
+    last = {item.person.name: item for item in corpus.exams["backward"]}  # of a person's questions, the last
+    items = list(last.values())[:n]
     by_bayes, when_asked = [], []
     for item in items:
         forward = [question_row(forward_question(person, attribute), item.person.facts[attribute])
@@ -171,23 +165,15 @@ def chance(corpus):
 
 
 # -----------------------------------------------------------------------------
-# From here on: no idea of the paper; skip it at first. What a run depends on, its files, tables, pictures,
-# asking.
-
-HERE = Path(__file__).resolve().parent
-
+# From here on: no idea of the paper; skip it at first. Identity, files, tables, pictures, asking.
 
 def identity(settings, model):
     """What the training of a base or a run depends on -> {"settings": its settings without the device,
-    "code": a digest of each other part}. Two runs with equal identity count as one. Where they are not equal,
-    `differences` names the parts.
-
-    model.py, train.py and a file of yours that is imported from beside them count as they are written, but
-    for comments, docstrings and blank lines. data.py and diffusion.py count by what they do: the rows of a
-    sample, 20 known and 10 new people, and what the objectives make of these rows. So an edit of a decoder,
-    of the exam or of another mode changes nothing. What shows only in rows that the sample lacks, or after
-    many calls of an objective, is not noticed.
-    """
+    "code": a digest of each other part}. model.py, train.py and a file of yours that is imported from beside
+    them count as they are written, but for comments, docstrings and blank lines. data.py and diffusion.py
+    count by what they do: the rows of a sample, 20 known and 10 new people, and what the objectives make of
+    these rows. So an edit of a decoder, of the exam or of another mode changes nothing. What shows only in
+    rows that the sample lacks, or after many calls of an objective, is not noticed."""
     kept = {name: value for name, value in vars(settings).items() if name != "device"}
     few = {"seed": 0, "known": min(20, settings.known), "new": min(10, settings.new)}
     rows = make_corpus(argparse.Namespace(**kept | few)).rows
@@ -205,13 +191,14 @@ def identity(settings, model):
         sys.exit(f"--mode {settings.mode}: what its objective draws, it must draw with `generator`")
     parts = {"rows": str([x.tolist() for x in documents + questions]), "objective": made[0],
              "weights": str([(name, [*p.shape]) for name, p in model.named_parameters()] + [model.causal])}
+    here = Path(__file__).resolve().parent
     files = {"model.py", "train.py"}
     for name, module in list(sys.modules.items()):  # and files of yours
         file = Path(getattr(module, "__file__", None) or "")
-        if name != "__main__" and file.is_file() and file.resolve().parent == HERE:
+        if name != "__main__" and file.is_file() and file.resolve().parent == here:
             files.add(file.name)
     for name in files - {"data.py", "diffusion.py", "eval.py"}:
-        parts[name] = statements((HERE / name).read_text(encoding="utf-8-sig"))
+        parts[name] = statements((here / name).read_text(encoding="utf-8-sig"))
     return {"settings": kept, "code": {name: digest(parts[name]) for name in sorted(parts)}}
 
 
@@ -248,11 +235,11 @@ def load(path):
     """The dict in a .pt or .json file. Nothing in it is executed."""
     try:
         if path.suffix == ".pt":
-            saved = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         else:
             saved = json.loads(path.read_text(encoding="utf-8"))
         if "seed" not in saved["settings"] or "code" not in saved:
-            raise ValueError("neither a checkpoint nor a result")
+            raise ValueError
         return saved
     except Exception:  # there is no end to what a damaged file can raise
         sys.exit(f"{path} is damaged, or no checkpoint or result: move it away, and type the command again")
@@ -306,7 +293,7 @@ def reopen(folder):
 # --- Tables
 
 def results_at(path):
-    """[(name, result)] of all runs in a folder, however deep."""
+    """[(name, result)] of all finished runs in a folder, however deep."""
     found = [(file.resolve().parent.name, load(file)) for file in sorted(path.rglob("result.json"))]
     if not found:
         sys.exit(f"{path} holds no finished run: python train.py makes one under out/, named after its flags")
@@ -383,20 +370,12 @@ def words_at(x, y, words, more=""):
     return f'<text x="{x}" y="{y}" {more}>{html.escape(str(words))}</text>'
 
 
-def over_steps(runs):
-    """{step of fine-tuning: scores of each run there}"""
-    points = defaultdict(list)
-    for line in [line for run in runs for line in run["exams"]]:
-        points[line["step"]].append(line)
-    return points
-
-
 def curves(lines, axis, ticks=None):
-    """New people's scores, a panel per direction. `lines`: [(label, {x: [scores of a run there]})]. A line is
+    """New people's scores, a panel per direction. `lines`: [(label, [(x, scores of a run there)])]. A line is
     the mean over runs, its band one standard deviation to either side, where there are two runs or more.
     `ticks`: {x: what is written there}; without it the numbers 0 and the largest x."""
     colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(lines)  # Okabe, Ito
-    last = max(x for _, points in lines for x in points)
+    last = max(x for _, points in lines for x, _ in points)
     ticks = ticks or {0: 0, last: last}
     width, height = 300, 230  # of a panel, whose upper left corner is (0, 0)
 
@@ -415,9 +394,10 @@ def curves(lines, axis, ticks=None):
             parts += [words_at(-8, height * (1 - score) + 4, score, 'text-anchor="end"'),
                       f'<path d="M0 {height * (1 - score)}h{width}" stroke="#ccc"/>']
         for (_, points), colour in zip(lines, colours):
-            upper, middle, lower = [], [], []
-            for x in sorted(points):
-                scores = [line[direction] for line in points[x]]
+            scores_at, upper, middle, lower = defaultdict(list), [], [], []
+            for x, scores in points:
+                scores_at[x].append(scores[direction])
+            for x, scores in sorted(scores_at.items()):
                 middle.append(place(x, mean(scores)))
                 if len(scores) > 1:
                     upper.append(place(x, mean(scores) + stdev(scores)))
@@ -549,7 +529,8 @@ def main():
             scores, _ = exam(model, mode, corpus)
             print(report(scores | bayes(model, mode, corpus) | chance(corpus), stored(args.path), "stored"))
     elif args.plot:
-        lines = [(f"{label} {code}", over_steps(runs)) for label, code, runs in group(results_at(args.path))]
+        lines = [(f"{label} {code}", [(line["step"], line) for run in runs for line in run["exams"]])
+                 for label, code, runs in group(results_at(args.path))]
         write(args.plot, curves(lines, "steps of fine-tuning"))
     else:
         print(compare(results_at(args.path)))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data import MARKS, TOKENIZER
 
-# Apple's MPS is left out: bugs of its attention let queries see masked keys (pytorch issues 195910, 184180).
+# Apple's MPS is left out: its attention read masks of our shape wrongly (pytorch pull request 184180).
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the best comes last
 
 
@@ -73,11 +73,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """`causal`: does position t see only positions up to t? Read from `settings`: n_layer, n_head, n_embd and
-    seed.
-
-    Matrices are drawn on the CPU, so that a seed gives the same ones on any machine. The output matrices of
-    each block start at zero, so that it starts as the identity.
-    """
+    seed. Matrices are drawn on the CPU, so that a seed gives the same ones on any machine. The output
+    matrices of each block start at zero, so that it starts as the identity."""
 
     def __init__(self, settings, causal):
         super().__init__()

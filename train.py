@@ -118,7 +118,7 @@ def draw(corpus, counts, generator):
 
 
 def schedule(step, steps):
-    """Share of the peak rate at a step from 0 to steps - 1: up nearly to 1 in 2 % of them, then down to 0."""
+    """Share of the peak rate at a step from 0 to steps - 1: nearly 1 after 2 % of them, at last near 0."""
     rising = (step + 1) / (0.02 * steps + 1)
     falling = 1 - step / steps
     return min(rising, falling)
@@ -129,11 +129,8 @@ def schedule(step, steps):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal at every step: all directions of a matrix learn at the same pace (Jordan et
-    al. 2024, kellerjordan.github.io/posts/muon).
-
-    Like torch.optim.Muon, but in float32: that one multiplies in bfloat16, which took 24 times as long on a
-    processor without instructions for it (680 ms against 28 ms a step at 128 channels).
-    """
+    al. 2024, kellerjordan.github.io/posts/muon). Like torch.optim.Muon, but in float32: that one multiplies
+    in bfloat16, which took 24 times as long on a processor without instructions for it."""
 
     def __init__(self, groups):
         super().__init__(groups, {})

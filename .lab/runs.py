@@ -120,10 +120,9 @@ def over(setting, pattern, file, axis):
     if not runs:
         sys.exit(f"{file} is not drawn: no published run fits {pattern}")
     values = sorted({run["settings"][setting] for run in runs})
-    lines = defaultdict(lambda: defaultdict(list))
+    lines = defaultdict(list)
     for run in runs:
-        x = log2(run["settings"][setting] / values[0])
-        lines[run["settings"]["mode"]][x].append(run)
+        lines[run["settings"]["mode"]].append((log2(run["settings"][setting] / values[0]), run))
     ticks = {log2(value / values[0]): value for value in values}
     Path(file).write_bytes(evaluation.curves(list(lines.items()), axis, ticks))
 
@@ -142,8 +141,10 @@ if __name__ == "__main__":
     elif words == ["figures"]:
         default = [(name, run) for name, run in published().items()
                    if re.match("(ar|masked|diffusion)-none-seed", name)]
-        lines = [(runs[0]["settings"]["mode"], evaluation.over_steps(runs))
-                 for _, _, runs in evaluation.group(default)]
+        lines = []
+        for _, _, runs in evaluation.group(default):
+            exams = [(line["step"], line) for run in runs for line in run["exams"]]
+            lines.append((runs[0]["settings"]["mode"], exams))
         Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
         over("texts", r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg",
              "texts about each new person (known people: one)")

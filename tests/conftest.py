@@ -1,5 +1,4 @@
 """What the tests share: a folder of their own, tiny settings, and a way to call the scripts as people do.
-
 Whatever needs train.py imports it when it runs: while you break one file, the tests of the others go on."""
 import json
 import re
