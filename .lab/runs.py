@@ -37,10 +37,10 @@ def rows(*groups):
     return [f"--mode {mode} {flags}".strip() for modes, flags in groups for mode in modes]
 
 
-def as_many(n):
+def as_many(n, modes=ALL):
     """n new people, and steps in proportion, so that each of them is read about as often."""
     return [f"--mode {mode} --new {n} --steps {train.defaults(mode, 'biographies').steps * n // 100}"
-            for mode in ALL]
+            for mode in modes]
 
 
 ROWS = rows(
@@ -62,8 +62,9 @@ ROWS = rows(
     *((ALL, f"{PLAIN} --paraphrases change_order --texts {texts}") for texts in (1, 2, 5, 20))
     ) + as_many(25) + as_many(50)
 
-SEED_1 = as_many(200) + as_many(400) + rows(*((("masked",), f"--new 400 --steps 4000 {back}") for back in (
-    "--texts 5 --paraphrases change_order", "--n_embd 128 --n_head 4", "--batch 22 40 1 1")))
+SEED_1 = as_many(200) + as_many(400) + as_many(1000, ("ar", "masked")) + rows(
+    *((("masked",), f"--new 400 --steps 4000 {back}") for back in (
+        "--texts 5 --paraphrases change_order", "--n_embd 128 --n_head 4", "--batch 22 40 1 1")))
 
 EDITS = {  # name: (flags, file, what stands there, what stands there instead)
     "untied": ("--mode ar", "model.py", [
