@@ -247,7 +247,7 @@ def make_corpus(settings):
         rng.shuffle(backward)
         if i < settings.known:
             # Every tenth is kept back, in biographies 2 of a person's 20 (sets of 3 of 6 facts). The count
-            # starts one later for each person, or a world with one question a person would keep back none.
+            # starts one higher for each person, or a world with one question a person would keep back none.
             unasked = [item for j, item in enumerate(backward, start=i + 1) if j % UNASKED == 0]
             asked = [item for item in backward if item not in unasked]
             rows["known"] += [document_row(text) for text in texts]

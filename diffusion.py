@@ -83,8 +83,9 @@ def corrupt(learned, ratio, generator):
 #
 # `tokens` (B, T) are documents or questions, padded on the right; `learned` (B, T) is true where something
 # may be hidden and scored, of a question in its answer alone. What is returned is (B, T) for `diffusion`,
-# (B, T - 1) for `ar` and (B, 2T - 1) for `masked`. Questions are always trained as the base of a mode is, by
-# `ar` or `diffusion` with its own ratio; --mask_ratio is for documents.
+# (B, T - 1) for `ar` and (B, 2T - 1) for `masked`. All that is random is drawn with `generator`. Questions
+# are always trained as the base of a mode is, by `ar` or `diffusion` with its own ratio; --mask_ratio is for
+# documents.
 
 def ar(tokens, learned, generator=None, ratio=None):
     """Next-token prediction: -1/L sum_i log p(x_i | x_<i), over what is learned of each row. Nothing is

@@ -344,8 +344,8 @@ def report(scores, other, title):
 
 
 def compare(results):
-    """A table with a line for each group of runs: exact match and ranks, mean ± deviation over seeds. All
-    other scores are in each result.json."""
+    """A table with a line for each group of runs, mean ± deviation over seeds: exact match, the share that
+    `bayes` finds, the right name's rank among new people's. All other scores are in each result.json."""
     names = ["recite", "forward", "backward", "bayes", "rank_new", "known_forward", "known_backward"]
     rows = [["", "code", "seeds", *names]]
     for label, code, runs in group(results):
@@ -368,6 +368,11 @@ def svg(width, height, parts):
 
 def words_at(x, y, words, more=""):
     return f'<text x="{x}" y="{y}" {more}>{html.escape(str(words))}</text>'
+
+
+def over_steps(runs):
+    """[(step of fine-tuning, scores of a run there)] of several runs"""
+    return [(line["step"], line) for run in runs for line in run["exams"]]
 
 
 def curves(lines, axis, ticks=None):
@@ -529,8 +534,7 @@ def main():
             scores, _ = exam(model, mode, corpus)
             print(report(scores | bayes(model, mode, corpus) | chance(corpus), stored(args.path), "stored"))
     elif args.plot:
-        lines = [(f"{label} {code}", [(line["step"], line) for run in runs for line in run["exams"]])
-                 for label, code, runs in group(results_at(args.path))]
+        lines = [(f"{label} {code}", over_steps(runs)) for label, code, runs in group(results_at(args.path))]
         write(args.plot, curves(lines, "steps of fine-tuning"))
     else:
         print(compare(results_at(args.path)))

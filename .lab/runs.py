@@ -142,10 +142,8 @@ if __name__ == "__main__":
     elif words == ["figures"]:
         default = [(name, run) for name, run in published().items()
                    if re.match("(ar|masked|diffusion)-none-seed", name)]
-        lines = []
-        for _, _, runs in evaluation.group(default):
-            exams = [(line["step"], line) for run in runs for line in run["exams"]]
-            lines.append((runs[0]["settings"]["mode"], exams))
+        lines = [(runs[0]["settings"]["mode"], evaluation.over_steps(runs))
+                 for _, _, runs in evaluation.group(default)]
         Path(".lab/curves.svg").write_bytes(evaluation.curves(lines, "steps of fine-tuning"))
         over("texts", r"\w+-change_order-texts\d+-known_paraphrasesnone-seed\d", ".lab/texts.svg",
              "texts about each new person (known people: one)")
